@@ -1,0 +1,233 @@
+"""model.py - the networks: a bidirectional transformer denoiser, and the discriminator made from a copy of it.
+
+The denoiser maps partly masked tokens z (B, L) to logits (B, L, V). It takes no time input: how many tokens are masked
+already tells the noise level (arXiv 2409.02908), so there is no timestep embedding and no adaLN. `trunk` and `head` are
+separate calls, so that the head, the widest matrix of all, runs only at the positions somebody asks for.
+You don't have to read this file to follow the method: didi.py takes any callable z -> logits.
+"""
+import copy
+import os
+import signal
+import sys
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.utils.parametrizations import spectral_norm
+
+
+@dataclass
+class Config:
+    """The network's shape; stored in every checkpoint."""
+    vocab_size: int = 257  # V: the tokenizer's tokens; the mask is one more, id V, known to the embedding alone
+    length: int = 48       # L, tokens per sequence
+    n_layer: int = 3
+    n_head: int = 4
+    n_embd: int = 128      # D
+
+    @property
+    def mask_id(self):
+        return self.vocab_size
+
+
+def rotate(x, cos, sin):
+    """Rotary position embedding (arXiv 2104.09864) of x (B, H, L, D/H)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block, bidirectional: every position sees every other."""
+
+    def __init__(self, config):
+        super().__init__()
+        D = config.n_embd
+        self.n_head = config.n_head
+        self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.qkv, self.proj = nn.Linear(D, 3 * D, bias=False), nn.Linear(D, D, bias=False)
+        self.up, self.down = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
+
+    def forward(self, h, cos, sin):
+        B, L, D = h.shape
+        q, k, v = self.qkv(self.norm1(h)).view(B, L, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # 3 x (B, H, L, D/H)
+        a = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        h = h + self.proj(a.transpose(1, 2).reshape(B, L, D))
+        return h + self.down(F.gelu(self.up(self.norm2(h))))
+
+
+class Denoiser(nn.Module):
+    """Transformer denoiser: z (B, L) with values 0..V (V = mask) -> logits (B, L, V). Never predicts a mask: no column for it."""
+
+    def __init__(self, config):
+        super().__init__()
+        if config.n_embd % (2 * config.n_head):
+            raise ValueError(f"n_embd {config.n_embd} must be a multiple of twice n_head {config.n_head}")
+        self.config = config
+        D, L = config.n_embd, config.length
+        self.embed = nn.Embedding(config.vocab_size + 1, D)  # V + 1 rows: the last is the mask
+        self.position = nn.Parameter(torch.empty(L, D))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = nn.LayerNorm(D)
+        self.out = nn.Linear(D, config.vocab_size, bias=False)  # V columns
+        head_dim = D // config.n_head
+        angle = torch.outer(torch.arange(L), 1e4 ** (-torch.arange(0, head_dim, 2) / head_dim))
+        self.register_buffer("cos", angle.cos(), persistent=False)  # (L, D/H/2)
+        self.register_buffer("sin", angle.sin(), persistent=False)
+        std = 0.57 / D ** 0.5  # .05 at D = 128 leaves the unigram plateau sooner than .02; at D = 768 it is GPT-2's .02
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                nn.init.normal_(p, std=std / (2 * config.n_layer) ** 0.5 if name.endswith(("proj.weight", "down.weight")) else std)
+
+    def trunk(self, z):
+        """z (B, L) -> hidden states (B, L, D)."""
+        return self.trunk_from_embeddings(self.embed(z))
+
+    def trunk_from_embeddings(self, e):
+        """Token embeddings e (B, L, D) -> hidden states (B, L, D): the entry for soft tokens."""
+        L = e.shape[1]
+        h = e + self.position[:L]
+        for block in self.blocks:
+            h = block(h, self.cos[:L], self.sin[:L])
+        return self.norm(h)
+
+    def head(self, h):
+        """Hidden states (..., D) -> logits (..., V), raw: SUBS is didi.predict."""
+        return self.out(h)
+
+    def forward(self, z, where=None):
+        """Logits (B, L, V), or (n, V) at the n True positions of `where` (B, L) alone."""
+        h = self.trunk(z)
+        return self.head(h if where is None else h[where])
+
+
+class Discriminator(nn.Module):
+    """A copy of the *loaded* teacher's trunk, frozen but for its last blocks, and a two-layer spectral-norm head.
+
+    One logit per position: log q_reference(z_t) - log q_student(z_t) if trained to optimality with label 1 on the reference.
+    """
+
+    def __init__(self, teacher, trainable_blocks):
+        super().__init__()
+        D = teacher.config.n_embd
+        if not 0 <= trainable_blocks <= len(teacher.blocks):
+            raise ValueError(f"{trainable_blocks} trainable blocks, but the network has {len(teacher.blocks)} blocks")
+        self.body = copy.deepcopy(teacher)
+        self.body.out = nn.Identity()
+        self.body.requires_grad_(False)
+        for part in [*self.body.blocks[len(self.body.blocks) - trainable_blocks:], self.body.norm]:
+            part.requires_grad_(True)
+        self.score = nn.Sequential(spectral_norm(nn.Linear(D, D)), nn.GELU(), spectral_norm(nn.Linear(D, 1)))
+
+    def forward(self, z):
+        """z (B, L) -> logits (B, L)."""
+        return self.score(self.body.trunk(z)).squeeze(-1)
+
+    def soft(self, z, where, probs):
+        """The same, but the n True positions of `where` hold soft tokens, probs (n, V). One-hot = forward (in eval mode)."""
+        e = self.body.embed(z)  # (B, L, D)
+        e[where] = (probs @ self.body.embed.weight[:-1]).to(e.dtype)
+        return self.score(self.body.trunk_from_embeddings(e)).squeeze(-1)
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+def save_checkpoint(path, config, **parts):
+    """Write one dict of tensors and plain containers, to a temporary file first: a kill never leaves half a checkpoint."""
+    partial = f"{path}.partial"
+    torch.save({"format": "didi-1", "config": asdict(config), **parts}, partial)
+    os.replace(partial, path)
+
+
+def load_checkpoint(path, kind, device="cpu"):
+    """Read a checkpoint of kind "teacher" or "student" without executing code from it; returns (dict, Config).
+
+    Raises FileNotFoundError or ValueError with one line that says what to do.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no checkpoint at {path}: make it with `python {'train_teacher' if kind == 'teacher' else 'distill'}.py`")
+    try:
+        ckpt = torch.load(path, map_location=device, weights_only=True)
+    except Exception as e:  # a foreign file can fail in any way: OSError, EOFError, struct.error, UnpicklingError ..
+        raise ValueError(f"{path} is truncated, or no checkpoint at all ({type(e).__name__}): make it again") from None
+    if not isinstance(ckpt, dict) or ckpt.get("format") != "didi-1":
+        raise ValueError(f"{path} was not written by this project: train one with `python train_teacher.py`")
+    if ckpt.get("kind") != kind:
+        raise ValueError(f"{path} holds a {ckpt.get('kind')}, but a {kind} is needed here")
+    try:
+        return ckpt, Config(**ckpt["config"])
+    except (KeyError, TypeError):
+        raise ValueError(f"{path} was written by another version of this project: make it again") from None
+
+
+def build_denoiser(config, state, device="cpu"):
+    """A Denoiser with the given weights, in eval mode (it has no dropout: eval and train are the same function)."""
+    model = Denoiser(config).to(device)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as e:
+        raise ValueError(f"the checkpoint's weights do not fit its own shape {config}: {str(e).splitlines()[-1].strip()[:100]}") from None
+    return model.eval()
+
+
+# ----------------------------------------------------------------------------------------------- what the scripts share
+@torch.no_grad()
+def update_ema(ema, model, decay):
+    """ema = decay * ema + (1 - decay) * model, parameter by parameter, in place."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+def pick_device(name):
+    """torch.device for "auto", "cpu", "cuda" or "mps"; ValueError if it isn't there."""
+    found = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next(d for d in ("cuda", "mps", "cpu") if found[d])
+    if not found.get(name):
+        raise ValueError(f"device {name} is not available here: use --device auto or one of {[d for d in found if found[d]]}")
+    return torch.device(name)
+
+
+def rng_state(device):
+    """The random generators' states, for a checkpoint."""
+    return {"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state()} if device.type == "cuda" else {})}
+
+
+def set_rng_state(state, device):
+    """Go on drawing random numbers where a checkpoint stopped."""
+    torch.set_rng_state(state["cpu"].cpu())
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+def catch_interrupt():
+    """From now on Ctrl-C only sets a flag: returns a function that tells whether it was pressed. A second one stops at once."""
+    pressed = []
+
+    def handler(signum, frame):
+        pressed.append(signum)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, handler)
+    return lambda: bool(pressed)
+
+
+def parse_resumable(parser, kind, argv=None):
+    """Parse flags; with --resume, those not given again come from the checkpoint --out. Returns (flags, checkpoint or None)."""
+    args = parser.parse_args(argv)
+    if not args.resume:
+        return args, None
+    ckpt, _ = load_checkpoint(args.out, kind)
+    parser.set_defaults(**ckpt["flags"])
+    return parser.parse_args(argv), ckpt
+
+
+def run_script(main):
+    """Run main(); what the user can mend becomes one line on stderr and exit code 2."""
+    try:
+        sys.exit(main())
+    except BrokenPipeError:  # `| head` has seen enough
+        os._exit(0)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, FileNotFoundError, FloatingPointError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,602 @@
+"""test_didi.py - the method against exact answers, in worlds of 3 tokens and 2 or 3 positions that can be enumerated.
+
+A "network" here is a lookup table: row index(z) of a tensor (S, L, V) holds its logits for the state z, S = (V+1)^L. So the law of
+every sampler is a product of small matrices, and its gradient comes from autograd. Seeds are fixed; a bound on random numbers is
+wide enough that a fresh seed would fail a correct program less than once in 10^5 (5 standard errors, or `check_law`).
+The two tests of an effect (the whole loop, guidance) ask for well less than what was seen with a dozen other seeds.
+"""
+import collections
+import os
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.distributions import Beta, Categorical, kl_divergence
+
+import didi
+import model
+
+torch.set_num_threads(1)
+V, MASK = 3, 3
+Z = {L: torch.cartesian_prod(*[torch.arange(V + 1)] * L) for L in (2, 3)}  # every state, (S, L)
+both_positions = pytest.mark.parametrize("positions", ["masked", "all"])
+
+
+# ------------------------------------------------------------------------------------------------- a world of lookup tables
+def index(z):
+    """The row of each state z (.., L) in Z[L]."""
+    return (z * (V + 1) ** torch.arange(z.shape[-1]).flip(0)).sum(-1)
+
+
+def lookup(table):
+    return lambda z, where=None: table[index(z)] if where is None else table[index(z)][where]
+
+
+def masks(n, L):
+    return torch.full((n, L), MASK)
+
+
+def random_data(L):
+    """A joint law over texts with correlated positions, as a vector (S,) that is 0 on states with masks."""
+    p = (torch.rand(len(Z[L])) ** 3 + 0.01) * (Z[L] != MASK).all(-1)
+    return p / p.sum()
+
+
+def stutter(L):
+    """A fixed joint law (S,): neighbours like to be equal, and token 0 is the most common. Far from what one step can write."""
+    likes = 2.0 * (Z[L][:, 1:] == Z[L][:, :-1]).sum(-1) + 0.8 * (Z[L] == 0).sum(-1)
+    p = likes.exp() * (Z[L] != MASK).all(-1)
+    return p / p.sum()
+
+
+def agrees(L):
+    """(S, S): could the state of the row be the text of the column with some tokens masked?"""
+    return ((Z[L][:, None] == Z[L]) | (Z[L][:, None] == MASK)).all(-1).float()
+
+
+def exact_table(p, L):
+    """Bayes' rule: logits (S, L, V) of the best denoiser of p, log sum over agreeing texts of p(x) [x_i = v]."""
+    return torch.einsum("zx,x,xlv->zlv", agrees(L), p, F.one_hot(Z[L])[..., :V].float()).clamp(min=1e-20).log()
+
+
+def per_position(visible, masked, L):
+    """(S, S) matrix of a step that acts on each position alone, by tables (S, L, V+1) for visible and for masked positions."""
+    q = torch.where((Z[L] == MASK)[..., None], masked, visible)
+    return q[:, torch.arange(L), Z[L]].prod(-1)
+
+
+def noising(s, t, L):
+    """q(z_t | z_s), (S, S): a visible token is masked with probability (t - s)/(1 - s)."""
+    same, m = F.one_hot(Z[L]).float(), (t - s) / (1 - s)
+    return per_position(same * (1 - m) + m * F.one_hot(torch.tensor(MASK)), same, L)
+
+
+def denoising(table, t, s):
+    """The sampler's law of z_s given z_t, (S, S), differentiable: a mask stays with probability s/t."""
+    L = table.shape[1]
+    return per_position(F.one_hot(Z[L]).float(), F.pad(table.softmax(-1) * (1 - s / t), (0, 1), value=s / t), L)
+
+
+def chain(table, times, start=None):
+    """Law (S,) of the state after the steps times[0] -> times[1] -> .., from `start` (L,) or from all masks."""
+    law = F.one_hot(index(masks(1, table.shape[1])[0] if start is None else start), len(table)).float()
+    for t, s in zip(times[:-1], times[1:]):
+        law = law @ denoising(table, t, s)
+    return law
+
+
+def check_law(drawn, law):
+    """Chi-square test of drawn indices (n,) against law (S,), rare cells merged; false alarm 10^-6 (Wilson-Hilferty)."""
+    counts, expected = torch.bincount(drawn, minlength=len(law)).double(), law.double() * len(drawn)
+    assert counts[law == 0].sum() == 0, "drew something impossible"
+    rare, most = expected < 10, expected.argmax()
+    for cells in (counts, expected):
+        cells[most] += cells[rare].sum()
+    df = int((~rare).sum()) - 1
+    chi2 = ((counts - expected) ** 2 / expected)[~rare].sum()
+    assert df > 0 and chi2 < df * (1 - 2 / (9 * df) + 4.75 * (2 / (9 * df)) ** 0.5) ** 3
+
+
+def check_mean(values, expected):
+    assert abs(values.mean() - expected) < 5 * values.std() / len(values) ** 0.5
+
+
+class TableDiscriminator:
+    """Logits r (S, L); for soft tokens their mean over independent draws (multilinear in probs). Counts the rows it is shown."""
+
+    def __init__(self, r):
+        self.r, self.rows = r, 0
+
+    def __call__(self, z):
+        self.rows += len(z)
+        return self.r[index(z)]
+
+    def soft(self, z, where, probs):
+        self.rows += len(z)
+        p = F.one_hot(z, V + 1).float()
+        p = p.masked_scatter(where[..., None].expand_as(p), F.pad(probs, (0, 1)))  # (B, L, V+1)
+        L = z.shape[1]
+        return p[:, torch.arange(L), Z[L]].prod(-1) @ self.r  # (B, S) @ (S, L)
+
+
+# ----------------------------------------------------------------------------------------------------------- masked diffusion
+def test_forward_mask_masks_a_share_t():
+    torch.manual_seed(0)
+    x, t, n = torch.randint(0, V, (4, 20000)), torch.tensor([0.0, 0.2, 0.7, 1.0]), 20000
+    z = didi.forward_mask(x, t, MASK)
+    rate = (z == MASK).float().mean(1)
+    assert rate[0] == 0 and rate[3] == 1 and ((rate - t).abs() <= 5 * (t * (1 - t) / n).sqrt()).all()
+    assert ((z == x) | (z == MASK)).all()
+    assert abs((didi.forward_mask(x, 0.2, MASK) == MASK).float().mean() - 0.2) < 5 * (0.16 / (4 * n)) ** 0.5
+
+
+def test_low_discrepancy_times(monkeypatch):
+    torch.manual_seed(0)
+    t = torch.stack([didi.low_discrepancy_times(4) for _ in range(4000)])
+    assert torch.allclose(t.sort(1).values.diff(dim=1), torch.tensor(0.25), atol=1e-6)  # one in each stratum
+    for b in range(4):
+        check_law((t[:, b] * 10).long().clamp(max=9), torch.full((10,), 0.1))  # each one uniform
+    for u in (0.0, 1 - 2.0 ** -24):  # the extremes of torch.rand
+        monkeypatch.setattr(torch, "rand", lambda *size, **kw: torch.tensor(u))
+        for t in (didi.low_discrepancy_times(B) for B in (1, 3, 64)):
+            assert (t > 0).all() and (t <= 1).all()
+
+
+def test_nelbo_of_the_exact_denoiser_is_the_entropy_of_the_data():
+    torch.manual_seed(0)
+    p = random_data(2)
+    table, H, x = exact_table(p, 2), Categorical(p).entropy(), Z[2][Categorical(p).sample((60, 4000))]
+    check_mean(torch.stack([didi.nelbo(lookup(table), b, MASK)[0] for b in x]) * 2, H)
+    worse = table + 0.5 * torch.randn(16, 2, 3)
+    assert torch.stack([didi.nelbo(lookup(worse), b, MASK)[0] for b in x]).mean() * 2 > H + 0.02
+
+
+def test_nelbo_is_the_weighted_sum_and_its_second_value_the_mean_over_masks():
+    torch.manual_seed(0)
+    table, x, t = torch.randn(16, 2, 3, requires_grad=True), torch.randint(0, V, (6, 2)), torch.linspace(0.3, 0.8, 6)
+    torch.manual_seed(1)
+    z = didi.forward_mask(x, t, MASK)
+    torch.manual_seed(1)  # the same masks again
+    bound, mean_nll = didi.nelbo(lookup(table), x, MASK, t)
+    nll = [(-table[index(z[b])][i].log_softmax(-1)[x[b, i]], t[b]) for b in range(6) for i in range(2) if z[b, i] == MASK]
+    assert 0 < len(nll) < 12
+    assert torch.isclose(bound, sum(n / tb for n, tb in nll) / x.numel())
+    assert torch.isclose(mean_nll, sum(n for n, _ in nll) / len(nll))
+    nothing_masked = didi.nelbo(lookup(table), x, MASK, torch.zeros(6))
+    assert torch.stack(nothing_masked).tolist() == [0, 0]
+    assert (torch.autograd.grad(sum(nothing_masked), table)[0] == 0).all()
+
+
+# ------------------------------------------------------------------------------------------------------------------- sampling
+@pytest.mark.parametrize("independent", [True, False])
+def test_ancestral_step_is_bayes_rule(independent):
+    """q(z_s | z_t) from the forward process, for every z_t: the whole law if positions are independent, else marginals."""
+    torch.manual_seed(0)
+    t, s, (a, b) = 0.8, 0.3, torch.tensor([[0.6, 0.3, 0.1, 0.0], [0.2, 0.1, 0.7, 0.0]])
+    p = torch.outer(a, b).flatten() if independent else random_data(2)
+    joint = (p @ noising(0, s, 2))[:, None] * noising(s, t, 2)  # (z_s, z_t)
+    bayes = (joint / joint.sum(0)).T  # (z_t, z_s)
+    start = torch.randint(0, 16, (40000,))
+    end, called = didi.ancestral_step(lookup(exact_table(p, 2)), Z[2][start], t, s, MASK)
+    assert torch.equal(called, (end != Z[2][start]).any(1))
+    for i in range(2):
+        check_law(start * 4 + end[:, i], (bayes @ F.one_hot(Z[2][:, i]).float()).flatten() / 16)
+    if independent:
+        assert torch.allclose(bayes, denoising(exact_table(p, 2), t, s), atol=1e-5)
+        check_law(start * 16 + index(end), bayes.flatten() / 16)
+    still, called = didi.ancestral_step(None, masks(50, 3), t, t, MASK)  # no time passes: nothing revealed, nobody asked
+    assert (still == MASK).all() and not called.any()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_sampler_draws_from_the_enumerated_chain(steps, temperature):
+    torch.manual_seed(0)
+    table, times = torch.randn(64, 3, 3), [1 - k / steps for k in range(steps + 1)]
+    for start in (masks(1, 3)[0], torch.tensor([MASK, 1, MASK])):
+        x, _ = didi.sample(lookup(table), start.repeat(20000, 1), steps, MASK, temperature)
+        check_law(index(x), chain(table / temperature, times, start))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 40])
+def test_nfe_counts_real_calls_and_what_is_visible_stays(steps):
+    torch.manual_seed(0)
+    B, L, M = 12, 6, 20  # M: the mask. The first token is visible and names the row, so that the counter knows who asked
+    z = torch.full((B, L), M)
+    z[:, 0] = torch.arange(B)
+    for b in range(B):
+        z[b, 1 + b % L:] = 0  # rows with 0 to 5 masks
+    n, asked, heads, states = (z == M).sum(1), collections.Counter(), [], [z.clone()]
+
+    def denoiser(z, where):
+        asked.update(z[:, 0].tolist())
+        heads.append(int(where.sum()))
+        assert (z[where] == M).all()
+        return torch.randn(heads[-1], M)
+    x, nfe = didi.sample(denoiser, z, steps, M, on_step=states.append)
+    assert nfe.tolist() == [asked[b] for b in range(B)]
+    assert (nfe <= n.clamp(max=steps)).all() and ((nfe > 0) == (n > 0)).all() and (steps < 40 or (nfe >= n - 1).all())
+    assert sum(heads) == n.sum()  # every mask passes the head once
+    assert (x != M).all() and len(states) == steps + 1 and torch.equal(states[-1], x)
+    for before, after in zip(states[:-1], states[1:]):
+        assert torch.equal(after[before != M], before[before != M])
+    assert torch.equal(z, states[0])  # the caller's own tensor is left alone
+
+
+def test_less_than_one_step_is_refused():
+    for call in (lambda: didi.sample(None, masks(1, 2), 0, MASK), lambda: didi.guided_sample(None, None, masks(1, 2), 0, MASK, "all")):
+        with pytest.raises(ValueError, match="steps"):
+            call()
+
+
+# -------------------------------------------------------------------------------------------------------------------- rollout
+@pytest.mark.parametrize("a", [1.0, 2.0])
+@pytest.mark.parametrize("K", [1, 2, 3])
+def test_draw_levels(K, a):
+    torch.manual_seed(0)
+    t = torch.tensor([1.0, 0.6]).repeat_interleave(40000)
+    levels, tau, pi = didi.draw_levels(t, K, a, a)
+    assert levels.shape == (K + 1, len(t)) and torch.equal(levels[0], t) and (levels[-1] == 0).all()
+    assert (levels.diff(dim=0) < 0).all() and (K == 1 or torch.equal(tau, levels[-2]))
+    above = levels[-3] if K > 1 else t  # tau is a Beta fraction of the level above, and pi its density given that level
+    assert torch.allclose(pi, Beta(a, a).log_prob(tau / above).exp() / above, rtol=1e-4)
+    for top in (1.0, 0.6) if K < 3 else ():  # and tau is drawn by pi: E[1/pi; lo < tau < hi] = hi - lo
+        for lo, hi in ((0.1 * top, 0.4 * top), (0.4 * top, 0.5 * top)):
+            check_mean((((tau > lo) & (tau < hi)) / pi)[t == torch.tensor(top)], hi - lo)
+
+
+@pytest.mark.parametrize("K", [1, 2, 3])
+@pytest.mark.parametrize("G", [1, 3])
+def test_rollout_log_prob_is_that_of_the_tokens_revealed(G, K):
+    """Recomputed from the states alone, with its gradient; every row has its own levels, and some have nothing to reveal."""
+    torch.manual_seed(0)
+    B, table, z = 40, torch.randn(64, 3, 3, requires_grad=True), Z[3][torch.randint(0, 64, (40,))]
+    z[0], z[1] = MASK, 0
+    x, steps = didi.rollout(lookup(table), z, didi.draw_levels(torch.linspace(0.2, 1, B), K)[0], MASK, G)
+    states = [z.repeat_interleave(G, 0)] + [step[0] for step in steps[1:]] + [x]
+    assert len(steps) == K and torch.equal(steps[0][0], z) and x.shape == (B * G, 3) and (x != MASK).all()
+    for (entered, where, log_p_x, log_prob), before, after in zip(steps, states[:-1], states[1:]):
+        assert torch.equal(where, entered == MASK) and torch.allclose(log_p_x, table[index(entered)][where].log_softmax(-1))
+        assert torch.equal(after[before != MASK], before[before != MASK])
+        log_p = table[index(before)].log_softmax(-1)  # (B*G, L, V)
+        by_hand = torch.stack([sum([log_p[b, i, after[b, i]] for i in range(3) if before[b, i] != after[b, i]], torch.zeros(()))
+                               for b in range(B * G)])
+        assert torch.allclose(log_prob, by_hand, atol=1e-5) and (log_prob[G:2 * G] == 0).all()
+        mix = torch.randn(B * G)
+        ours, theirs = (torch.autograd.grad(v @ mix, table, retain_graph=True)[0] for v in (log_prob, by_hand))
+        assert theirs.abs().max() > 0.1 and torch.allclose(ours, theirs, atol=1e-4)
+
+
+def test_rollout_keeps_each_rows_own_levels():
+    torch.manual_seed(0)
+    levels, G = torch.tensor([[1.0, 1.0], [0.8, 0.4], [0.1, 0.3], [0.0, 0.0]]), 5000
+    _, steps = didi.rollout(lookup(torch.zeros(16, 2, 3)), masks(2, 2), levels, MASK, G)
+    for k in (1, 2):
+        share = (steps[k][0] == MASK).float().view(2, -1).mean(1)
+        assert ((share - levels[k]).abs() < 5 * (0.25 / (2 * G)) ** 0.5).all()
+
+
+@pytest.mark.parametrize("K", [1, 2, 3])
+def test_rollout_law_and_policy_gradient_are_exact(K):
+    """The gradient of the expected reward, by autograd through the enumerated chain, is that of policy_loss, with the sign turned,
+    on all trajectories weighted by their probability. The trajectories come from `rollout`, which must draw them by that law."""
+    torch.manual_seed(0)
+    B, G, table, R = 4000, 4, (0.5 * torch.randn(16, 2, 3)).requires_grad_(), torch.randn(16)
+    times = [1.0, 0.6, 0.3][:K] + [0.0]
+    x, steps = didi.rollout(lookup(table), masks(B, 2), torch.tensor(times)[:, None].expand(-1, B), MASK, G)
+    path = torch.stack([index(z) for z in [masks(B * G, 2)] + [step[0] for step in steps[1:]] + [x]])  # (K+1, B*G)
+    moves = [denoising(table.detach(), t, s) for t, s in zip(times[:-1], times[1:])]
+    prob = torch.stack([move[path[k], path[k + 1]] for k, move in enumerate(moves)]).prod(0)  # (B*G,)
+    kinds, kind = torch.unique(path, dim=1, return_inverse=True)
+    one_each = torch.zeros(kinds.shape[1], dtype=torch.long).scatter_(0, kind, torch.arange(B * G))
+    assert torch.isclose(prob[one_each].sum(), torch.tensor(1.0), atol=1e-4)  # every possible trajectory was seen
+    check_law(kind, prob[one_each])
+    pair, law = path[1].view(-1, 2), moves[0][path[0, 0]]  # members of a group share their start and nothing else
+    check_law(pair[:, 0] * 16 + pair[:, 1], torch.outer(law, law).flatten())
+    log_prob = sum(step[3] for step in steps)[one_each]
+    loss = didi.policy_loss(log_prob, R[index(x)][one_each], prob[one_each] * len(one_each), L=2)
+    ours, = torch.autograd.grad(loss, table)
+    exact, = torch.autograd.grad(chain(table, times) @ R, table)
+    assert exact.abs().max() > 0.01 and torch.allclose(-ours * 2, exact, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------- discriminator and reward
+def test_what_enters_the_reward_and_the_loss():
+    logits, z = torch.tensor([[1.0, 2.0, 6.0], [1.0, 2.0, 6.0]], requires_grad=True), torch.tensor([[MASK, 0, MASK], [0, 1, 2]])
+    assert didi.pool(logits, z, MASK, "masked").tolist() == [3.5, 0.0]  # a row without masks gives 0
+    assert didi.pool(logits, z, MASK, "all").tolist() == [3.0, 3.0]
+    assert didi.reward(logits * 9, z, MASK, "all").tolist() == [8.0, 8.0]
+    assert didi.reward(-logits * 9, z, MASK, "masked", clip=5).tolist() == [-5.0, 0.0]
+    assert not didi.reward(logits, z, MASK, "all").requires_grad
+    even, odd, ln2 = torch.zeros(2, 3), torch.tensor([[0.0, 50.0, 0.0], [50.0, 50.0, 50.0]]), torch.tensor(2.0).log()
+    assert torch.isclose(didi.discriminator_loss(even, z, even, z, MASK, "all"), ln2)
+    assert torch.isclose(didi.discriminator_loss(odd, z, odd, z, MASK, "masked"), ln2 / 2)
+
+
+@pytest.mark.parametrize("e", [0.0, 0.1])
+@both_positions
+def test_best_discriminator_is_the_log_density_ratio(positions, e):
+    """Populations with known counts of every state, smoothing e: no gradient at the closed form, and descent gets there from 0."""
+    torch.manual_seed(0)
+    n_ref, n_fake = torch.randint(1, 20, (2, 16))
+    ref, fake = Z[2].repeat_interleave(n_ref, 0), Z[2].repeat_interleave(n_fake, 0)
+    q_ref, q_fake = n_ref / n_ref.sum(), n_fake / n_fake.sum()
+    best = (((1 - e) * q_ref + e * q_fake) / (e * q_ref + (1 - e) * q_fake)).log()[:, None].expand(16, 2)
+    best = best * ((Z[2] == MASK) if positions == "masked" else 1)  # the others never enter: they stay where they start, at 0
+    assert best.abs().max() > 0.3 and (e == 0 or best.abs().max() < torch.tensor((1 - e) / e).log())
+
+    def loss(r):
+        return didi.discriminator_loss(r[index(ref)], ref, r[index(fake)], fake, MASK, positions, e)
+
+    def closure():
+        r.grad = None
+        value = loss(r)
+        value.backward()
+        return value
+    at_best, r = best.clone().requires_grad_(), torch.zeros(16, 2, requires_grad=True)
+    assert torch.autograd.grad(loss(at_best), at_best)[0].abs().max() < 1e-6
+    torch.optim.LBFGS([r], max_iter=300, tolerance_grad=1e-9, tolerance_change=1e-12, line_search_fn="strong_wolfe").step(closure)
+    assert torch.allclose(r, best, atol=0.02)
+    if positions == "all" and e == 0:
+        assert torch.allclose(didi.reward(r, Z[2], MASK, positions), (q_ref / q_fake).log(), atol=0.02)
+
+
+def test_grouped_advantage():
+    torch.manual_seed(0)
+    r, scale, shift = torch.randn(8, 4), torch.rand(8, 1) + 0.5, torch.randn(8, 1)
+    A = didi.grouped_advantage(r.flatten(), 4, clip=99).view(8, 4)
+    assert A.mean(1).abs().max() < 1e-5 and (A.std(1, correction=0) - 1).abs().max() < 0.01
+    assert torch.equal(A.argsort(1), r.argsort(1))
+    assert torch.allclose(didi.grouped_advantage((scale * r + shift).flatten(), 4).view(8, 4), A, atol=0.01)
+    outlier = didi.grouped_advantage(torch.tensor([1.0] + [0.0] * 24), 25)
+    assert outlier[0] == 3 and torch.allclose(outlier[1:], torch.tensor(-1 / 24 ** 0.5), atol=0.01)
+    for G in (1, 2, 3, 4, 7):  # equal rewards: no advantage at all
+        assert (didi.grouped_advantage(torch.linspace(-8, 8, 801).repeat_interleave(G), G) == 0).all()
+
+
+# --------------------------------------------------------------------------------------------------------------- student step
+def test_terms_of_the_student_step():
+    torch.manual_seed(0)
+    assert torch.allclose(didi.weight(torch.tensor([0.001, 0.1, 0.25, 1.0, 20.0])), torch.tensor([10.0, 10.0, 4.0, 1.0, 0.1]))
+    student, teacher = (Categorical(logits=torch.randn(5, 7)) for _ in range(2))
+    forward, reverse = kl_divergence(teacher, student), kl_divergence(student, teacher)
+    for kind, kl in (("forward", forward), ("reverse", reverse), ("jeffreys", (forward + reverse) / 2)):
+        assert torch.allclose(didi.kl_to_teacher(student.logits, teacher.logits, kind), kl, atol=1e-6)
+    assert torch.allclose(didi.entropy(student.logits), student.entropy(), atol=1e-6)
+    log_prob, A = torch.tensor([-1.0, -2.0], requires_grad=True), torch.tensor([1.0, -3.0], requires_grad=True)
+    didi.policy_loss(log_prob, A, torch.tensor([2.0, 1.0]), L=4).backward()
+    assert log_prob.grad.tolist() == [-2 / 8, 3 / 8] and A.grad is None
+
+
+# ------------------------------------------------------------------------------------------------- the whole loop, and the sign
+def divergence(table, p):
+    """KL(q_student || q_reference) of texts, nats, by enumeration, averaged over a few levels tau of the 2-step student."""
+    laws = [chain(table, [1.0, tau, 0.0])[p > 0] for tau in (0.25, 0.5, 0.75)]
+    return sum((q * (q / p[p > 0]).log()).sum() for q in laws).item() / 3
+
+
+def distill(p, positions, sign, updates, B=64, G=4, L=2):
+    """The algorithm on lookup tables; `sign` = -1 turns the reward round. Returns the student's table (S, L, V)."""
+    student, r = torch.zeros(16, L, V, requires_grad=True), torch.zeros(16, L, requires_grad=True)
+    student_step, discriminator_step = torch.optim.Adam([student], 0.03), torch.optim.Adam([r], 0.1)
+    for _ in range(updates):
+        levels, tau, pi = didi.draw_levels(torch.ones(B), 2)
+        x, steps = didi.rollout(lookup(student), masks(B, L), levels, MASK, G)
+        same_tau = tau.repeat_interleave(G)
+        z_fake = didi.forward_mask(x, same_tau, MASK)
+        z_ref = didi.forward_mask(Z[L][Categorical(p).sample((B * G,))], same_tau, MASK)
+        for _ in range(3):
+            discriminator_step.zero_grad()
+            didi.discriminator_loss(r[index(z_ref)], z_ref, r[index(z_fake)], z_fake, MASK, positions).backward()
+            discriminator_step.step()
+        A = didi.grouped_advantage(sign * didi.reward(r[index(z_fake)], z_fake, MASK, positions), G)
+        student_step.zero_grad()
+        didi.policy_loss(sum(step[3] for step in steps), A, (didi.weight(tau) / pi).repeat_interleave(G), L).backward()
+        student_step.step()
+    return student.detach()
+
+
+@both_positions
+def test_the_student_moves_towards_the_reference_and_away_if_the_reward_is_turned_round(positions):
+    torch.manual_seed(0)
+    p = stutter(2)
+    before = divergence(torch.zeros(16, 2, V), p)
+    assert divergence(distill(p, positions, 1, 80), p) < 0.75 * before
+    assert divergence(distill(p, positions, -1, 20), p) > 1.2 * before
+
+
+# ------------------------------------------------------------------------------------------------------------- guided sampling
+def one_guided_step(table, r, z, t, s, positions, h):
+    """Enumerated law (S,) of a step from z (L,), by the set A of positions revealed: tilted by h, or (h=None) re-ranked, M = 2."""
+    L, states, law = len(z), Z[len(z)], torch.zeros(len(table))
+    enter = (states == MASK).float() if positions == "masked" else torch.ones(states.shape)
+    R, log_p = (r * enter).sum(1) / enter.sum(1).clamp(min=1), table[index(z)].log_softmax(-1)  # (S,), (L, V)
+    for A in torch.cartesian_prod(*[torch.tensor([False, True])] * L):
+        if (A & (z != MASK)).any():
+            continue
+        out = (((states != MASK) & A) | ((states == z) & ~A)).all(1).nonzero()[:, 0]  # rows of the possible z_s
+        p = torch.stack([log_p[i, states[out, i]] for i in range(L) if A[i]] + [torch.zeros(len(out))]).sum(0).exp()
+        guided = torch.ones(len(out)) if h is not None else 2 * p * ((R[out][:, None] - R[out]).sigmoid() @ p)
+        for i in A.nonzero()[:, 0] if h is not None else ():
+            grad = torch.stack([(p * R[out])[states[out, i] == v].sum() / log_p[i, v].exp() for v in range(V)])  # E[R given x_i = v]
+            guided = guided * (log_p[i] + h * grad).softmax(-1)[states[out, i]]
+        law[out] += guided * (1 - s / t) ** int(A.sum()) * (s / t) ** int(((z == MASK) & ~A).sum())
+    return law
+
+
+@both_positions
+@pytest.mark.parametrize("h", [None, 1.0, 3.0])
+def test_guided_steps_draw_from_the_enumerated_law(h, positions):
+    """Tilting by the enumerated derivative of the reward, or (h=None) re-ranking by the enumerated softmax."""
+    torch.manual_seed(0)
+    table, r = torch.randn(64, 3, 3), 2 * torch.randn(64, 3)
+    for z in (masks(1, 3)[0], torch.tensor([MASK, 2, MASK])):
+        z_t, guide = z.repeat(20000, 1), TableDiscriminator(r)
+        args = (lookup(table), guide, z_t, 0.9, 0.4, MASK, positions)
+        z_s, called = didi.rerank_step(*args, M=2) if h is None else didi.tilt_step(*args, h=h)
+        check_law(index(z_s), one_guided_step(table, r, z, 0.9, 0.4, positions, h))
+        assert torch.equal(called, (z_s != z_t).any(1)) and guide.rows == called.sum() * (2 if h is None else 1)
+
+
+@both_positions
+@pytest.mark.parametrize("weak", [dict(h=0.0, switch=1.0), dict(M=1, switch=0.0)])
+def test_guidance_of_no_strength_is_the_plain_sampler(weak, positions):
+    torch.manual_seed(0)
+    table, guide = torch.randn(64, 3, 3), TableDiscriminator(torch.randn(64, 3))
+    x, _, _ = didi.guided_sample(lookup(table), guide, masks(20000, 3), 3, MASK, positions, **weak)
+    check_law(index(x), chain(table, [1, 2 / 3, 1 / 3, 0]))
+
+
+@both_positions
+@pytest.mark.parametrize("guidance", [dict(h=1.0, switch=1.0), dict(M=4, switch=0.0), dict(h=1.0, M=4, switch=0.5)])
+def test_guidance_raises_the_true_expected_reward(guidance, positions):
+    """Reward = the exact log ratio of the data's law to the plain sampler's, at every state. Turned round, it lowers it."""
+    torch.manual_seed(0)
+    p, table = stutter(3), 0.3 * torch.randn(64, 3, 3)
+    q = chain(table, [1, 0.75, 0.5, 0.25, 0])
+    r = ((agrees(3) @ p) / (agrees(3) @ q)).log()  # (S,): nothing in it depends on t
+    z = masks(6000, 3)
+    z[3000:, 1] = 2  # half of them have a prompt
+    for sign in (1, -1):
+        guide = TableDiscriminator(sign * r[:, None].repeat(1, 3))
+        x, _, _ = didi.guided_sample(lookup(table), guide, z, 4, MASK, positions, **guidance)
+        assert (x != MASK).all() and (x[3000:, 1] == 2).all()
+        got = r[index(x[:3000])]
+        assert sign * (got.mean() - q[q > 0] @ r[q > 0]) > 6 * got.std() / 3000 ** 0.5
+
+
+@both_positions
+def test_guided_sampler_counts_both_networks(positions):
+    torch.manual_seed(0)
+    table, asked = torch.randn(64, 3, 3), []
+
+    def denoiser(z, where):
+        asked.append(len(z))
+        return lookup(table)(z, where)
+    for z in Z[3][:, None]:  # (1, L): alone, so that who asked is plain
+        asked.clear()
+        guide = TableDiscriminator(torch.randn(64, 3))
+        before = z.clone()
+        x, nfe, calls = didi.guided_sample(denoiser, guide, z, 6, MASK, positions, M=4)
+        assert nfe.item() == sum(asked) <= (z == MASK).sum() and calls.item() == guide.rows and torch.equal(z, before)
+        assert torch.equal(x[z != MASK], z[z != MASK]) and (x != MASK).all()
+    _, nfe, calls = didi.guided_sample(denoiser, guide, masks(400, 3), 1, MASK, positions, M=4, switch=0.0)
+    assert (nfe == 1).all() and (calls == (0 if positions == "masked" else 4)).all()  # trained on masks alone: blind at s = 0
+
+
+# ------------------------------------------------------------------------------------------------------------------- networks
+CONFIG = model.Config(vocab_size=7, length=5, n_layer=3, n_head=2, n_embd=8)
+
+
+def test_denoiser_runs_its_head_where_asked():
+    torch.manual_seed(0)
+    net, z = model.Denoiser(CONFIG), torch.randint(0, 8, (4, 5))
+    assert net(z).shape == (4, 5, 7) and CONFIG.mask_id == 7
+    assert torch.allclose(net(z, z > 3), net(z)[z > 3], atol=1e-6)
+    with pytest.raises(ValueError, match="n_head"):
+        model.Denoiser(model.Config(n_embd=12, n_head=4))
+
+
+@pytest.mark.parametrize("trainable", [0, 1, 3])
+def test_discriminator_trains_a_copys_last_blocks_alone(trainable):
+    torch.manual_seed(0)
+    teacher = model.Denoiser(CONFIG)
+    D = model.Discriminator(teacher, trainable)
+    D(torch.randint(0, 8, (4, 5))).square().sum().backward()
+    for name, p in D.named_parameters():
+        last_block = name.startswith("body.blocks") and int(name.split(".")[2]) >= 3 - trainable
+        assert (p.grad is not None and p.grad.abs().max() > 0) == (name.startswith(("score", "body.norm")) or last_block), name
+    for name, p in teacher.blocks.named_parameters():
+        assert p.requires_grad and p.grad is None and torch.equal(p, D.body.blocks.get_parameter(name))
+
+
+def test_more_trainable_blocks_than_there_are_is_refused():
+    with pytest.raises(ValueError, match="block"):
+        model.Discriminator(model.Denoiser(CONFIG), 4)
+
+
+def test_soft_tokens_that_are_one_hot_are_tokens():
+    torch.manual_seed(0)
+    D, z = model.Discriminator(model.Denoiser(CONFIG), 1).eval(), torch.randint(0, 8, (4, 5))
+    where = (z != 7) & (torch.rand(4, 5) < 0.5)
+    probs = F.one_hot(z[where], 7).float().requires_grad_()
+    soft = D.soft(z.masked_fill(where, 0), where, probs)
+    assert where.any() and torch.allclose(soft, D(z), atol=1e-6)
+    assert torch.autograd.grad(soft.sum(), probs)[0].abs().max() > 0
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.allclose(D.soft(z, where, probs).float(), soft, atol=0.1)
+
+
+# ---------------------------------------------------------------------------------------------------------------- checkpoints
+def save(path, **parts):
+    net = model.Denoiser(CONFIG)
+    model.save_checkpoint(path, CONFIG, **{"kind": "teacher", "model": net.state_dict(), **parts})
+    return net
+
+
+def test_checkpoint_round_trip_is_exact_and_survives_a_kill(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    path, z = str(tmp_path / "teacher.pt"), torch.randint(0, 8, (2, 5))
+    net = save(path, step=3)
+    assert os.listdir(tmp_path) == ["teacher.pt"]  # no partial file left
+    ckpt, config = model.load_checkpoint(path, "teacher")
+    assert config == CONFIG and ckpt["step"] == 3 and torch.equal(model.build_denoiser(config, ckpt["model"])(z), net(z))
+    with pytest.raises(ValueError, match="fit"):
+        model.build_denoiser(model.Config(vocab_size=7, length=5, n_layer=2, n_head=2, n_embd=8), ckpt["model"])
+
+    def killed(obj, file):
+        with open(file, "wb") as f:
+            f.write(b"half")
+        raise KeyboardInterrupt
+    monkeypatch.setattr(torch, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save(path, step=4)
+    assert model.load_checkpoint(path, "teacher")[0]["step"] == 3
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_missing_truncated_and_foreign_files_say_what_to_do(tmp_path):
+    path = tmp_path / "teacher.pt"
+    for kind, maker in (("teacher", "train_teacher.py"), ("student", "distill.py")):
+        with pytest.raises(FileNotFoundError, match=maker):
+            model.load_checkpoint(str(path), kind)
+    save(str(path))
+    with pytest.raises(ValueError, match="teacher.*student"):
+        model.load_checkpoint(str(path), "student")
+    whole = path.read_bytes()
+    torch.save({"weights": torch.zeros(3)}, path, _use_new_zipfile_serialization=False)
+    old = path.read_bytes()
+    contents = [whole[:n] for n in range(0, len(whole), len(whole) // 40)] + [old[:n] for n in range(1, len(old), 40)]
+    contents += [b"hello world", b"GIF89a", b"\x80\x04", b"(lp0\n."]
+    ours = {"format": "didi-1", "kind": "teacher"}
+    for parts in ({"weights": 1}, ours, {**ours, "config": {"odd": 1}}):
+        torch.save(parts, path)
+        contents.append(path.read_bytes())
+    for content in contents:
+        path.write_bytes(content)
+        with pytest.raises(ValueError):
+            model.load_checkpoint(str(path), "teacher")
+
+
+class Evil:
+    """Unpickling this makes a directory."""
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.mkdir, (self.trace,)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_checkpoint_cannot_run_code(tmp_path):
+    trace, path = str(tmp_path / "executed"), tmp_path / "evil.pt"
+    path.write_bytes(pickle.dumps(Evil(trace)))
+    with pytest.raises(ValueError):
+        model.load_checkpoint(str(path), "teacher")
+    torch.save({"format": "didi-1", "kind": "teacher", "x": Evil(trace)}, path)
+    with pytest.raises(ValueError):
+        model.load_checkpoint(str(path), "teacher")
+    assert not os.path.exists(trace)
+    torch.load(path, weights_only=False)
+    assert os.path.exists(trace)  # so the trap was real
