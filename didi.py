@@ -71,7 +71,9 @@ def nelbo(denoiser, x, mask_id, t=None):
 
 # --------------------------------------------------------------------------------------------------------------- sampling
 def draw(log_p_x, num=1):
-    """num independent tokens from each row of log_p_x (n, V) -> (n, num)."""
+    """num independent tokens from each row of log_p_x (n, V) -> (n, num). FloatingPointError if there are NaNs in it."""
+    if log_p_x.isnan().any():
+        raise FloatingPointError("the network's output is not finite: its weights have diverged, train with a lower --lr")
     if len(log_p_x) == 0:
         return torch.empty(0, num, dtype=torch.long, device=log_p_x.device)
     return torch.multinomial(log_p_x.exp(), num, replacement=True)

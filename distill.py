@@ -33,7 +33,8 @@ def parse_flags(argv=None):
     g = p.add_argument_group("rollout")
     g.add_argument("--paper", action="store_true", help="the paper's setting; other flags still win over it")
     g.add_argument("--start", choices=("data", "mask"), default="data", help="rollouts start from z_t = noised data, or from all masks")
-    g.add_argument("--t_range", type=float, nargs=2, default=(0.3, 0.95), help="with --start data: t is uniform between these")
+    g.add_argument("--t_range", type=float, nargs=2, default=(0.3, 0.95), help="with --start data: t is uniform between these, or ..")
+    g.add_argument("--mask_share", type=float, default=0.15, help=".. is 1 (all masks) for this share of the groups")
     g.add_argument("--share", choices=("state", "level"), default="state", help="what a group has in common: z_t, or only t and tau")
     g.add_argument("--groups", type=int, default=16, help="groups per update")
     g.add_argument("--G", type=int, default=8, help="samples per group")
@@ -91,7 +92,7 @@ def start_states(train, args, mask_id):
     """
     t = torch.ones(args.groups, device=train.device)
     if args.start == "data":
-        t = torch.empty_like(t).uniform_(*args.t_range)
+        t = torch.where(torch.rand_like(t) < args.mask_share, t, torch.empty_like(t).uniform_(*args.t_range))
     copies = args.G if args.share == "state" else 1
     rows = args.groups * args.G // copies
     z_t = didi.forward_mask(train[torch.randint(len(train), (rows,)).to(train.device)], t.repeat_interleave(rows // args.groups), mask_id)
@@ -107,7 +108,7 @@ def teacher_samples(teacher, num=2048, steps=64, batch=256):
 
 def regularisers(teacher, steps, kind):
     """KL to the teacher and entropy at the masked positions of the rollout's states, nats per position, averaged over its steps."""
-    kl = entropy = 0
+    kl = entropy = torch.zeros((), device=steps[0][0].device)
     for z, where, log_p_x, _ in steps:
         if where.any():
             with torch.no_grad():
@@ -115,6 +116,12 @@ def regularisers(teacher, steps, kind):
             kl = kl + didi.kl_to_teacher(log_p_x, log_p_teacher, kind).mean() / len(steps)
             entropy = entropy + didi.entropy(log_p_x).mean() / len(steps)
     return kl, entropy
+
+
+def diverged(step, args):
+    """What to raise when something is not finite."""
+    return FloatingPointError(f"a loss is not finite at update {step + 1}; the last good checkpoint is kept: lower --lr (now {args.lr}) "
+                              f"or --disc_lr (now {args.disc_lr}) and start again, or --resume")
 
 
 def update(loss, net, optimizer):
@@ -172,8 +179,12 @@ def main(argv=None):
             # 1. rollout with intermediate-state matching: z_t -> z_tau -> x, and the log-probabilities of both steps
             z_t, t, copies = start_states(train, args, mask_id)
             levels, tau, pi = didi.draw_levels(t, args.K if args.ism else 1, *args.beta)
-            with torch.set_grad_enabled(moving):
-                x, steps = didi.rollout(student, z_t, levels.repeat_interleave(len(z_t) // args.groups, 1), mask_id, copies)
+            levels = levels.repeat_interleave(len(z_t) // args.groups, 1)  # (K + 1, rows of z_t)
+            try:
+                with torch.set_grad_enabled(moving):
+                    x, steps = didi.rollout(student, z_t, levels, mask_id, copies)
+            except FloatingPointError:
+                raise diverged(step, args) from None
             # 2. coupled time: x and the reference are noised to the rollout's own tau
             level = tau if args.coupled else torch.rand_like(tau) * args.noise_max
             level, tau, pi = (v.repeat_interleave(args.G) for v in (level, tau, pi))  # (groups * G,)
@@ -197,12 +208,11 @@ def main(argv=None):
                 w = (didi.weight(tau) if args.w else torch.ones_like(tau)) / (pi if args.pi else 1)
                 kl, entropy = regularisers(teacher, steps, args.kl_kind)
                 policy = didi.policy_loss(sum(s[3] for s in steps), advantage, w, config.length)
-                row |= {"spread": r.view(-1, args.G).std(1, correction=0).mean().item(), "policy": policy.item(), "kl": float(kl),
-                        "entropy": float(entropy), "norm": update(policy + args.kl * kl - args.entropy * entropy, student, opt)}
+                row |= {"spread": r.view(-1, args.G).std(1, correction=0).mean().item(), "policy": policy.item(), "kl": kl.item(),
+                        "entropy": entropy.item(), "norm": update(policy + args.kl * kl - args.entropy * entropy, student, opt)}
                 update_ema(ema, student, args.ema)
             if not math.isfinite(sum(row.values())):
-                raise FloatingPointError(f"a loss is not finite at update {step + 1}; the last good checkpoint is kept: lower --lr "
-                                         f"(now {args.lr}) or --disc_lr (now {args.disc_lr}) and start again, or --resume")
+                raise diverged(step, args)
             last = step + 1 == total
             if moving and (step + 1 - args.disc_warmup) % args.eval_every == 0 or last:
                 row |= evaluate(ema, args, tokenizer, data["known"], device)

@@ -6,8 +6,14 @@ wide enough that a fresh seed would fail a correct program less than once in 10^
 The two tests of an effect (the whole loop, guidance) ask for well less than what was seen with a dozen other seeds.
 """
 import collections
+import json
 import os
 import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -15,7 +21,10 @@ import torch.nn.functional as F
 from torch.distributions import Beta, Categorical, kl_divergence
 
 import didi
+import distill
 import model
+import sample
+import train_teacher
 
 torch.set_num_threads(1)
 V, MASK = 3, 3
@@ -376,7 +385,7 @@ def divergence(table, p):
     return sum((q * (q / p[p > 0]).log()).sum() for q in laws).item() / 3
 
 
-def distill(p, positions, sign, updates, B=64, G=4, L=2):
+def train_student(p, positions, sign, updates, B=64, G=4, L=2):
     """The algorithm on lookup tables; `sign` = -1 turns the reward round. Returns the student's table (S, L, V)."""
     student, r = torch.zeros(16, L, V, requires_grad=True), torch.zeros(16, L, requires_grad=True)
     student_step, discriminator_step = torch.optim.Adam([student], 0.03), torch.optim.Adam([r], 0.1)
@@ -402,8 +411,8 @@ def test_the_student_moves_towards_the_reference_and_away_if_the_reward_is_turne
     torch.manual_seed(0)
     p = stutter(2)
     before = divergence(torch.zeros(16, 2, V), p)
-    assert divergence(distill(p, positions, 1, 80), p) < 0.75 * before
-    assert divergence(distill(p, positions, -1, 20), p) > 1.2 * before
+    assert divergence(train_student(p, positions, 1, 80), p) < 0.75 * before
+    assert divergence(train_student(p, positions, -1, 20), p) > 1.2 * before
 
 
 # ------------------------------------------------------------------------------------------------------------- guided sampling
@@ -600,3 +609,183 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
     assert not os.path.exists(trace)
     torch.load(path, weights_only=False)
     assert os.path.exists(trace)  # so the trap was real
+
+
+# ------------------------------------------------------------------------------------------ data, metrics and the three scripts
+TINY = ["--device", "cpu", "--length", "24", "--n_layer", "1", "--n_head", "2", "--n_embd", "16", "--batch", "8", "--steps", "4",
+        "--warmup", "1", "--eval_every", "2", "--eval_samples", "4"]
+TINY_DISTILL = ["--device", "cpu", "--groups", "2", "--G", "4", "--disc_batch", "4", "--disc_warmup", "1", "--disc_blocks", "1", "--steps", "3",
+                "--eval_every", "2", "--eval_samples", "4"]
+LINES = [f"def f{i}(a, b={i}):" for i in range(80)]
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A folder of its own and a corpus of 80 lines: the scripts start in no time. Returns main()s that raise or return 0."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_teacher, "find_signatures", lambda length: [s for s in LINES if len(s) < length])
+    handler = signal.getsignal(signal.SIGINT)
+    yield tmp_path
+    signal.signal(signal.SIGINT, handler)
+
+
+def refused(main, argv, capsys, *words):
+    """main(argv) as the shell would run it: exit code 2, one line on stderr with these words in it, no traceback."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        model.run_script(lambda: main(argv))
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len([line for line in lines if line.startswith("error: ")]) == 1, lines
+    assert not any("Traceback" in line for line in lines) and all(w in lines[-1] for w in words), lines[-1]
+
+
+def test_corpus_is_signatures_and_the_split_is_by_line():
+    lines = train_teacher.find_signatures(48)
+    assert len(lines) > 15000 and lines == sorted(set(lines))
+    assert all(s.startswith("def ") and s.endswith(":") and len(s) < 48 and s.isascii() for s in lines)
+    assert all(train_teacher.is_signature(s) for s in lines[::50])
+    for s in ("def f(:", "def f(x) return:", "x = 1", "def f():pass\ndef g():", "", "def f(\0):", "class A:", "def f(x)", "def 1f():"):
+        assert not train_teacher.is_signature(s)
+
+
+def test_tokenizer_and_metrics(tiny):
+    tokenizer = train_teacher.make_tokenizer()
+    assert tokenizer.n_vocab == 257 and tokenizer.eot_token == 256
+    x = train_teacher.encode(["def f(x):", "def g():", "def g():", "nonsense"], tokenizer, 12)
+    assert x.shape == (4, 12) and x[0, 9:].tolist() == [256] * 3
+    assert train_teacher.decode(x, tokenizer) == ["def f(x):", "def g():", "def g():", "nonsense"]
+    q = train_teacher.quality(x, tokenizer, {"def f(x):"})
+    assert (q["valid"], q["distinct"], q["novel"], q["length"]) == (0.75, 0.75, 0.75, (9 + 8 + 8 + 8) / 4)
+    counts = [list(collections.Counter(s).values()) for s in ("def f(x):", "def g():", "def g():", "nonsense")]
+    assert q["entropy"] == pytest.approx(sum(Categorical(torch.tensor(c).float()).entropy().item() for c in counts) / 4, abs=1e-5)
+    data = train_teacher.load_data(24, tokenizer)
+    texts = {name: set(train_teacher.decode(data[name], tokenizer)) for name in ("train", "val")}
+    assert not texts["train"] & texts["val"] and texts["train"] | texts["val"] == set(LINES) and data["known"] == texts["train"]
+
+
+def same_checkpoint(a, b):
+    a, b = (torch.load(p, weights_only=True) for p in (a, b))
+    for name in [n for n in a if n not in ("flags", "rng")]:
+        x, y = torch.utils._pytree.tree_leaves(a[name]), torch.utils._pytree.tree_leaves(b[name])
+        assert len(x) == len(y) and all(torch.equal(u, v) if torch.is_tensor(u) else u == v for u, v in zip(x, y)), name
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3])
+def test_resume_is_the_uninterrupted_run_bit_for_bit(tiny, monkeypatch, stop_after):
+    """Ctrl-C after some step, then --resume: the same weights, optimisers and averages, for teacher and student."""
+    def press_after(module, n):
+        pressed = iter([False] * (n - 1) + [True] + [False] * 99)
+        monkeypatch.setattr(module, "catch_interrupt", lambda: lambda: next(pressed))
+    for module, flags in ((train_teacher, TINY), (distill, TINY_DISTILL + ["--teacher", "a.pt"])):
+        assert not module.main(flags + ["--out", "a.pt" if module is train_teacher else "sa.pt"])
+        one, two = ("a.pt", "b.pt") if module is train_teacher else ("sa.pt", "sb.pt")
+        press_after(module, stop_after)
+        assert module.main(flags + ["--out", two]) == 130
+        assert torch.load(two, weights_only=True)["step"] == stop_after
+        press_after(module, 99)
+        assert not module.main(["--resume", "--out", two])  # the other flags come from the checkpoint
+        same_checkpoint(one, two)
+        assert len(open(two.replace(".pt", ".jsonl")).readlines()) >= 1
+
+
+@pytest.mark.parametrize("flags", [["--paper", "--groups", "2", "--reference", "data"], ["--no-ism"], ["--no-group_norm"], ["--kl", "0"], ["--K", "3"],
+                                   ["--share", "level"], ["--start", "mask"], ["--positions", "masked"], ["--no-coupled"], ["--w", "--pi"],
+                                   ["--entropy", ".1"], ["--kl_kind", "jeffreys"], ["--kl_kind", "reverse"], ["--beta", "2", "2"]])
+def test_every_switch_of_distill_changes_the_student(tiny, flags):
+    def run(flags, out):
+        assert not distill.main(TINY_DISTILL + flags + ["--out", out])
+        ckpt = torch.load(out, weights_only=True)
+        assert set(ckpt["ema"]) == set(ckpt["model"]) and all(v.isfinite().all() for v in ckpt["model"].values())
+        return ckpt["model"]["blocks.0.up.weight"]
+    train_teacher.main(TINY)
+    assert not torch.equal(run(["--kl", ".5"], "plain.pt"), run(["--kl", ".5"] + flags, "switched.pt"))
+
+
+def test_bad_input_is_one_line_and_nothing_is_lost(tiny, capsys):
+    refused(distill.main, TINY_DISTILL, capsys, "train_teacher.py")  # no teacher yet
+    refused(sample.main, [], capsys, "distill.py")
+    refused(train_teacher.main, TINY + ["--device", "abacus"], capsys, "abacus")
+    refused(train_teacher.main, TINY + ["--length", "3"], capsys, "corpus")
+    refused(train_teacher.main, TINY + ["--n_embd", "15"], capsys, "n_head")
+    refused(train_teacher.main, TINY + ["--steps", "0"], capsys, "--steps")
+    refused(train_teacher.main, ["--resume"], capsys, "train_teacher.py")
+    assert not train_teacher.main(TINY)
+    whole = (tiny / "out/teacher.pt").read_bytes()
+    refused(train_teacher.main, TINY + ["--lr", "1e30", "--warmup", "0", "--steps", "40"], capsys, "not finite", "step", "--lr")
+    assert (tiny / "out/teacher.pt").read_bytes() == whole
+    refused(distill.main, TINY_DISTILL + ["--lr", "1e30", "--steps", "9", "--eval_every", "99"], capsys, "not finite", "--lr")
+    assert not (tiny / "out/student.pt").exists()
+    refused(distill.main, TINY_DISTILL + ["--disc_blocks", "9"], capsys, "block")
+    refused(distill.main, TINY_DISTILL + ["--t_range", "0.5", "2"], capsys, "--t_range")
+    refused(distill.main, TINY_DISTILL + ["--disc_batch", "99"], capsys, "--disc_batch")
+    refused(distill.main, TINY_DISTILL + ["--teacher", "test.txt"], capsys, "test.txt")
+    assert not distill.main(TINY_DISTILL)
+    refused(distill.main, TINY_DISTILL + ["--teacher", "out/student.pt"], capsys, "student", "teacher")
+    for flags, word in ((["--steps", "0"], "--steps"), (["--num", "0"], "--num"), (["--temperature", "0"], "--temperature"), (["--temperature", "nan"], "--temperature"),
+                        (["--prompt", "x" * 25], "24"), (["--prompt", "caf\xe9"], "ASCII"), (["--infill", "a\nb"], "ASCII"), (["--device", "abacus"], "abacus"),
+                        (["--prompt", "a", "--infill", "b"], "--infill"), (["--student", "out/teacher.pt"], "teacher"), (["--sampler", "rgas", "--model", "teacher"], "rgas"),
+                        (["--sampler", "rgas", "--candidates", "0"], "--candidates"), (["--eval", "--json", "no/such/folder.json"], "--json")):
+        refused(sample.main, flags, capsys, word)
+    cut = whole[:len(whole) // 2]
+    (tiny / "cut.pt").write_bytes(cut)
+    refused(sample.main, ["--model", "teacher", "--teacher", "cut.pt"], capsys, "cut.pt")
+    refused(train_teacher.main, ["--resume", "--out", "cut.pt"], capsys, "cut.pt")
+    assert (tiny / "cut.pt").read_bytes() == cut
+
+
+@pytest.mark.parametrize("sampler", ["ancestral", "rgas"])
+def test_given_text_stays_whatever_is_written(tiny, capsys, sampler):
+    train_teacher.main(TINY)
+    distill.main(TINY_DISTILL)
+    capsys.readouterr()
+    common = ["--num", "20", "--steps", "4", "--sampler", sampler]
+    for flags, pattern in ((["--prompt", "def go("], r"def go\(.*"), (["--infill", "de??go(?)"], r"de.{1,2}go\(.\).*"),
+                           (["--infill", "de??go(?)", "--exact"], r"de.{1,2}go\(.\)"), (["--prompt", "x" * 24], "x{24}")):
+        for _ in range(2):
+            assert not sample.main(common + flags)
+            first, *lines = capsys.readouterr().out.splitlines()
+            assert "4 steps" in first and len(lines) == 20 and all(re.fullmatch(pattern, line) for line in lines), lines
+            assert flags[-1].startswith("x") or len(set(lines)) > 1
+            once = lines if _ == 0 else once
+        assert lines == once  # the seed decides
+
+
+def test_evaluation_table_and_file(tiny, capsys):
+    train_teacher.main(TINY)
+    distill.main(TINY_DISTILL)
+    capsys.readouterr()
+    assert not sample.main(["--eval", "--eval_samples", "6", "--json", "table.json"])
+    out, result = capsys.readouterr().out, json.load(open("table.json"))
+    names = [r["row"] for r in result["rows"]]
+    assert names[0] == "held-out data" and result["rows"][0]["valid"] == 1 and len(names) == 13
+    assert [r["steps"] for r in result["rows"] if r["row"] == "teacher"] == [4, 8, 16, 64, 256]
+    assert all(r["nfe"] <= min(r["steps"], 24) for r in result["rows"][1:]) and names[-1] == "student, guided"
+    assert result["rows"][-1]["disc_calls"] > 8 and all(name in out for name in names) and os.listdir(".").count("table.json.partial") == 0
+
+
+def readme_commands():
+    text = open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "README.md")).read()
+    return re.findall(r"^python3 -m venv .*$", text, re.MULTILINE)
+
+
+def test_the_readmes_first_command_at_toy_size(tmp_path):
+    """Each script of the README's command as a process of its own, on the real corpus; and a real Ctrl-C."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    main_job, tests = readme_commands()
+    scripts = re.findall(r"python (\w+\.py)([^&]*)", main_job)
+    assert [s for s, _ in scripts] == ["train_teacher.py", "distill.py", "sample.py"] and "test_didi.py" in tests
+    toy = {"train_teacher.py": TINY, "distill.py": TINY_DISTILL, "sample.py": ["--num", "3"]}
+    for script, flags in scripts:
+        done = subprocess.run([sys.executable, os.path.join(here, script), *flags.split(), *toy[script]], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert "8 steps" in done.stdout and len(done.stdout.splitlines()) == 4
+    run = subprocess.Popen([sys.executable, os.path.join(here, "train_teacher.py"), *TINY, "--steps", "100000", "--eval_every", "100000", "--out", "long.pt"],
+                           cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for _ in range(600):
+        time.sleep(0.1)
+        if os.path.exists(tmp_path / "long.jsonl") and os.path.getsize(tmp_path / "long.jsonl"):
+            break
+    run.send_signal(signal.SIGINT)
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 130 and "--resume" in out and "Traceback" not in err
+    assert torch.load(tmp_path / "long.pt", weights_only=True)["step"] >= 10
