@@ -3,7 +3,8 @@
     python sample.py --steps 8                               # 16 samples of out/student.pt
     python sample.py --prompt "def load(" --watch            # go on from a beginning; the text unmasks live
     python sample.py --infill "def get_????(self, ????):"    # each ? is one unknown character
-    python sample.py --eval --json assets/eval.json          # the table: held-out data, teacher, student
+    python sample.py --eval --json out/eval.json             # the table: held-out data, teacher, student
+    python sample.py --table assets/nano.json                # mean and spread over the seeds in such a file
 
 A masked-diffusion model is conditioned by not masking what is given, wherever it stands: didi.sample never changes a visible
 token. Left out on purpose: top-k and top-p (they too lower the entropy; one such knob, --temperature, is enough to compare at).
@@ -34,7 +35,7 @@ def parse_flags(argv=None):
     p = argparse.ArgumentParser(description="Sample from the student or the teacher, or measure both (--eval).",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     g = p.add_argument_group("model")
-    g.add_argument("--model", choices=("student", "teacher"), default="student", help="who writes; with --eval, teacher = its rows alone")
+    g.add_argument("--model", choices=("student", "teacher"), default="student", help="who writes")
     g.add_argument("--student", default="out/student.pt", help="checkpoint of distill.py")
     g.add_argument("--teacher", default="out/teacher.pt", help="checkpoint of train_teacher.py")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
@@ -59,7 +60,10 @@ def parse_flags(argv=None):
     g = p.add_argument_group("evaluation")
     g.add_argument("--eval", action="store_true", help="one table with steps, samplers and temperatures of its own")
     g.add_argument("--eval_samples", type=int, default=1000, help="samples per row; differences between fewer are mostly noise")
-    g.add_argument("--json", help="with --eval: a file for the rows, seed, hardware and flags")
+    g.add_argument("--rows", choices=("all", "teacher", "student"), default="all", help="with --eval: whose rows")
+    g.add_argument("--json", help="with --eval: add the rows, hardware and flags to this file, under --label and the checkpoint's seed")
+    g.add_argument("--label", default="default", help="with --json: what to call this run")
+    g.add_argument("--table", metavar="FILE", help="print mean +- standard deviation over the seeds in FILE, as Markdown, and stop")
     args = p.parse_args(argv)
     check_flags(args, {name for name, value in vars(args).items() if value != p.get_default(name)})
     return args, pick_device(args.device)
@@ -73,7 +77,8 @@ def check_flags(args, given):
     rgas, whole_table = args.sampler == "rgas", {"steps", "num", "temperature", "sampler", "prompt", "infill", "watch"}
     for names, wrong, advice in [
             (whole_table, args.eval, "--eval chooses this itself: leave it out"),
-            ({"json", "eval_samples"}, not args.eval, "only --eval measures: add --eval"),
+            ({"json", "eval_samples", "rows"}, not args.eval, "only --eval measures: add --eval"),
+            ({"model"}, args.eval, "--eval has --rows for that"), ({"label"}, args.json is None, "belongs to --json FILE: add that"),
             ({"guidance", "candidates", "switch"}, not (rgas or args.eval), "only the guided sampler uses it: add --sampler rgas"),
             ({"gap", "exact"}, args.infill is None, "belongs to --infill TEXT: add that"),
             ({"prompt"}, args.infill is not None, "--infill is given too: put the beginning into its text"),
@@ -81,18 +86,27 @@ def check_flags(args, given):
             ({"sampler"}, rgas and args.model == "teacher", "rgas needs the student's discriminator: use --model student")]:
         if wrong and names & given:
             raise ValueError(f"--{min(names & given)}: {advice}")
-    if args.json is not None:
-        write_json(args.json, {})  # an unwritable path must not show after minutes of work
+    if args.json is not None:  # an unwritable path must not show after minutes of work
+        write_json(args.json, read_json(args.json) if os.path.exists(args.json) else {})
+
+
+def read_json(path):
+    """A results file: {label: {seed: run}}. ValueError if it is none."""
+    try:
+        with open(path) as f:
+            content = json.load(f)
+        assert all("rows" in run for seeds in content.values() for run in seeds.values())
+        return content
+    except (OSError, ValueError, AttributeError, TypeError, AssertionError):
+        raise ValueError(f"{path!r} is no results file of --eval --json: name another") from None
 
 
 def write_json(path, content):
-    """Write a JSON file by way of a temporary one; with no content only try whether that would work. ValueError if not."""
+    """Write a JSON file by way of a temporary one. ValueError if that cannot be done."""
     try:
         with open(f"{path}.partial", "w") as f:
             json.dump(content, f, indent=1)
-        if os.path.isdir(path) or not os.path.basename(path):
-            raise IsADirectoryError(0, "it is a folder")
-        os.replace(f"{path}.partial", path) if content else os.remove(f"{path}.partial")
+        os.replace(f"{path}.partial", path)
     except OSError as e:
         raise ValueError(f"--json {path!r} cannot be written ({e.strerror}): name a file in an existing folder") from None
 
@@ -104,7 +118,8 @@ def load_net(kind, args, tokenizer, device):
     missing = {"ema", *(("disc", "disc_blocks", "positions") if kind == "student" else ())} - ckpt.keys() - ckpt.get("flags", {}).keys()
     if missing or config.vocab_size != tokenizer.n_vocab:
         raise ValueError(f"{path} lacks {', '.join(sorted(missing)) or 'the byte tokenizer'}: another version wrote it, make it again")
-    net = {"device": device, "config": config, "denoiser": build_denoiser(config, ckpt["ema"], device).requires_grad_(False)}
+    net = {"device": device, "config": config, "flags": ckpt["flags"],
+           "denoiser": build_denoiser(config, ckpt["ema"], device).requires_grad_(False)}
     if kind == "student":
         disc = Discriminator(net["denoiser"], ckpt["flags"]["disc_blocks"]).to(device)
         try:
@@ -225,11 +240,12 @@ def equal_entropy(rows):
 
 def evaluate(args, device, tokenizer):
     """Measure and print the table row by row, then the comparison at equal entropy; with --json write it all to a file."""
-    if args.model == "student" and not os.path.isfile(args.student):
-        raise ValueError(f"no student at {args.student}: make it with `python distill.py`, or add --model teacher for its rows alone")
-    nets, rows = {kind: load_net(kind, args, tokenizer, device) for kind in dict.fromkeys(("teacher", args.model))}, []
-    config = nets["teacher"]["config"]
-    if config != nets[args.model]["config"]:
+    if args.rows != "teacher" and not os.path.isfile(args.student):
+        raise ValueError(f"no student at {args.student}: make it with `python distill.py`, or add --rows teacher")
+    kinds = ("teacher", "student") if args.rows == "all" else (args.rows,)
+    nets, rows = {kind: load_net(kind, args, tokenizer, device) for kind in kinds}, []
+    config = nets[kinds[0]]["config"]
+    if config != nets[kinds[-1]]["config"]:
         raise ValueError(f"{args.student} and {args.teacher} differ in shape: distil the student from this teacher")
     data = load_data(config.length, tokenizer)
 
@@ -250,16 +266,37 @@ def evaluate(args, device, tokenizer):
         how = {"steps": steps, "temperature": T, "sampler": sampler}
         x, cost = write(nets[name[:7]], z, argparse.Namespace(**vars(args) | how), name=f"row {k + 1} of {len(plan)}: {name}")
         add(x, row=name, **how, **cost)
-    matched, line = equal_entropy(rows) if args.model == "student" else (None, "No student measured.")
+    matched, line = equal_entropy(rows) if args.rows == "all" else (None, f"--rows {args.rows}: nothing to compare with.")
     print(line)
     if args.json is not None:
         hardware = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type, "cpu": platform.machine(),
                     "cpu_count": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-        write_json(args.json, {"rows": rows, "equal_entropy": matched, "seed": args.seed, "hardware": hardware, "flags": vars(args)})
+        results = read_json(args.json)
+        results.setdefault(args.label, {})[str(nets[kinds[-1]]["flags"]["seed"])] = {
+            "rows": rows, "equal_entropy": matched, "hardware": hardware, "flags": vars(args),
+            "training": {kind: net["flags"] for kind, net in nets.items()}}
+        write_json(args.json, results)
+
+
+def print_table(path):
+    """Mean +- standard deviation over seeds of every row of a results file, as Markdown."""
+    shown = ("nfe", "disc_calls", "valid", "distinct", "novel", "length", "entropy")
+    print("| run | row | steps | " + " | ".join(shown) + " |\n|" + "---|" * (len(shown) + 3))
+    for label, seeds in read_json(path).items():
+        for rows in zip(*(run["rows"] for run in seeds.values())):
+            cells = []
+            for name in shown:
+                values = torch.tensor([row[name] for row in rows if name in row], dtype=torch.double)
+                digits = {"length": 1, "nfe": 1, "disc_calls": 1}.get(name, 3)
+                spread = f" +- {values.std():.{digits}f}" if len(values) > 1 and name in ("valid", "length", "entropy") else ""
+                cells.append(f"{values.mean():.{digits}f}{spread}" if len(values) else "")
+            print(f"| {label} ({len(seeds)} seeds) | {rows[0]['row']} | {rows[0].get('steps', '')} | " + " | ".join(cells) + " |")
 
 
 def main(argv=None):
     args, device = parse_flags(argv)
+    if args.table:
+        return print_table(args.table)
     (evaluate if args.eval else print_samples)(args, device, make_tokenizer())
 
 

@@ -724,7 +724,7 @@ def test_bad_input_is_one_line_and_nothing_is_lost(tiny, capsys):
     for flags, word in ((["--steps", "0"], "--steps"), (["--num", "0"], "--num"), (["--temperature", "0"], "--temperature"), (["--temperature", "nan"], "--temperature"),
                         (["--prompt", "x" * 25], "24"), (["--prompt", "caf\xe9"], "ASCII"), (["--infill", "a\nb"], "ASCII"), (["--device", "abacus"], "abacus"),
                         (["--prompt", "a", "--infill", "b"], "--infill"), (["--student", "out/teacher.pt"], "teacher"), (["--sampler", "rgas", "--model", "teacher"], "rgas"),
-                        (["--sampler", "rgas", "--candidates", "0"], "--candidates"), (["--eval", "--json", "no/such/folder.json"], "--json")):
+                        (["--sampler", "rgas", "--candidates", "0"], "--candidates"), (["--eval", "--json", "no/such/folder.json"], "--json"), (["--table", "out/teacher.pt"], "results")):
         refused(sample.main, flags, capsys, word)
     cut = whole[:len(whole) // 2]
     (tiny / "cut.pt").write_bytes(cut)
@@ -755,12 +755,23 @@ def test_evaluation_table_and_file(tiny, capsys):
     distill.main(TINY_DISTILL)
     capsys.readouterr()
     assert not sample.main(["--eval", "--eval_samples", "6", "--json", "table.json"])
-    out, result = capsys.readouterr().out, json.load(open("table.json"))
+    out, result = capsys.readouterr().out, json.load(open("table.json"))["default"]["0"]
     names = [r["row"] for r in result["rows"]]
     assert names[0] == "held-out data" and result["rows"][0]["valid"] == 1 and len(names) == 13
     assert [r["steps"] for r in result["rows"] if r["row"] == "teacher"] == [4, 8, 16, 64, 256]
     assert all(r["nfe"] <= min(r["steps"], 24) for r in result["rows"][1:]) and names[-1] == "student, guided"
     assert result["rows"][-1]["disc_calls"] > 8 and all(name in out for name in names) and os.listdir(".").count("table.json.partial") == 0
+    content = json.load(open("table.json"))
+    second = json.loads(json.dumps(content["default"]["0"]))
+    content["default"]["1"] = second
+    for a, b in zip(content["default"]["0"]["rows"], second["rows"]):
+        a["valid"], b["valid"] = 0.25, 0.75
+    json.dump(content, open("table.json", "w"))
+    assert not sample.main(["--eval", "--eval_samples", "2", "--rows", "student", "--json", "table.json", "--label", "other"])
+    capsys.readouterr()
+    assert not sample.main(["--table", "table.json"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 13 + 5 and all("0.500 +- 0.354" in line for line in lines[2:15]) and "other (1 seeds)" in lines[-1]
 
 
 def readme_commands():
