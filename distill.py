@@ -34,7 +34,7 @@ def parse_flags(argv=None):
     g.add_argument("--paper", action="store_true", help="the paper's setting; other flags still win over it")
     g.add_argument("--start", choices=("data", "mask"), default="data", help="rollouts start from z_t = noised data, or from all masks")
     g.add_argument("--t_range", type=float, nargs=2, default=(0.3, 0.95), help="with --start data: t is uniform between these, or ..")
-    g.add_argument("--mask_share", type=float, default=0.15, help=".. is 1 (all masks) for this share of the groups")
+    g.add_argument("--mask_share", type=float, default=0.2, help=".. is 1 (all masks) for this share of the groups")
     g.add_argument("--share", choices=("state", "level"), default="state", help="what a group has in common: z_t, or only t and tau")
     g.add_argument("--groups", type=int, default=16, help="groups per update")
     g.add_argument("--G", type=int, default=8, help="samples per group")
@@ -43,8 +43,8 @@ def parse_flags(argv=None):
     g.add_argument("--beta", type=float, nargs=2, default=(1.0, 1.0), help="a, b of tau/t ~ Beta(a, b)")
     g = p.add_argument_group("discriminator and reward")
     g.add_argument("--reference", choices=("data", "teacher"), default="data", help="what has label 1: data, or 64-step teacher samples")
-    g.add_argument("--coupled", action=on_off, default=True, help="noise x again at the rollout's tau; off: at --noise_max * U(0, 1)")
-    g.add_argument("--noise_max", type=float, default=1.0, help="the highest level of noise without --coupled")
+    g.add_argument("--coupled", action=on_off, default=False, help="noise x again at the rollout's tau; off: at --noise_max * U(0, 1)")
+    g.add_argument("--noise_max", type=float, default=0.3, help="the highest level of noise without --coupled")
     g.add_argument("--positions", choices=("masked", "all"), default="all", help="whose logits enter loss, reward and guidance")
     g.add_argument("--smoothing", type=float, default=0.0, help="label smoothing e: bounds the logit at log((1 - e)/e)")
     g.add_argument("--reward_clip", type=float, default=8.0, help="bound on |r|, nats")
@@ -58,8 +58,8 @@ def parse_flags(argv=None):
     g.add_argument("--advantage_clip", type=float, default=3.0, help="bound on |A|")
     g.add_argument("--w", action=on_off, default=False, help="weight w(tau) = 1/tau, clipped to [.1, 10]")
     g.add_argument("--pi", action=on_off, default=False, help="divide by pi(tau), the density tau was drawn from")
-    g.add_argument("--kl", type=float, default=0.03, help="weight of the KL to the teacher, per masked token; 0 = off")
-    g.add_argument("--kl_kind", choices=("forward", "reverse", "jeffreys"), default="forward", help="forward = KL(teacher || student)")
+    g.add_argument("--kl", type=float, default=0.08, help="weight of the KL to the teacher, per masked token; 0 = off")
+    g.add_argument("--kl_kind", choices=("forward", "reverse", "jeffreys"), default="reverse", help="forward = KL(teacher || student)")
     g.add_argument("--entropy", type=float, default=0.0, help="weight of the entropy bonus, per masked token; 0 = off")
     g.add_argument("--lr", type=float, default=3e-4, help="student's learning rate")
     g.add_argument("--ema", type=float, default=0.97, help="decay of the weight average that is saved and sampled")
@@ -85,17 +85,17 @@ def parse_flags(argv=None):
     return args, pick_device(args.device), ckpt
 
 
-def start_states(train, args, mask_id):
-    """The rollouts' first states z_t (B, L), their levels t (B,), and how many completions each gets.
+def start_states(train, groups, args, mask_id):
+    """The rollouts' first states z_t (B, L), the levels t (groups,), and how many completions each state gets.
 
     --share state: one z_t per group, which all G samples complete. --share level: G states of their own, at one level.
     """
-    t = torch.ones(args.groups, device=train.device)
+    t = torch.ones(groups, device=train.device)
     if args.start == "data":
         t = torch.where(torch.rand_like(t) < args.mask_share, t, torch.empty_like(t).uniform_(*args.t_range))
     copies = args.G if args.share == "state" else 1
-    rows = args.groups * args.G // copies
-    z_t = didi.forward_mask(train[torch.randint(len(train), (rows,)).to(train.device)], t.repeat_interleave(rows // args.groups), mask_id)
+    rows = groups * args.G // copies
+    z_t = didi.forward_mask(train[torch.randint(len(train), (rows,)).to(train.device)], t.repeat_interleave(rows // groups), mask_id)
     return z_t, t, copies
 
 
@@ -177,9 +177,10 @@ def main(argv=None):
         for step in bar:
             moving = step >= args.disc_warmup  # before that, only the discriminator learns
             # 1. rollout with intermediate-state matching: z_t -> z_tau -> x, and the log-probabilities of both steps
-            z_t, t, copies = start_states(train, args, mask_id)
+            groups = args.groups if moving else -(-args.disc_batch // args.G)
+            z_t, t, copies = start_states(train, groups, args, mask_id)
             levels, tau, pi = didi.draw_levels(t, args.K if args.ism else 1, *args.beta)
-            levels = levels.repeat_interleave(len(z_t) // args.groups, 1)  # (K + 1, rows of z_t)
+            levels = levels.repeat_interleave(len(z_t) // groups, 1)  # (K + 1, rows of z_t)
             try:
                 with torch.set_grad_enabled(moving):
                     x, steps = didi.rollout(student, z_t, levels, mask_id, copies)

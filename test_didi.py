@@ -689,8 +689,8 @@ def test_resume_is_the_uninterrupted_run_bit_for_bit(tiny, monkeypatch, stop_aft
 
 
 @pytest.mark.parametrize("flags", [["--paper", "--groups", "2", "--reference", "data"], ["--no-ism"], ["--no-group_norm"], ["--kl", "0"], ["--K", "3"],
-                                   ["--share", "level"], ["--start", "mask"], ["--positions", "masked"], ["--no-coupled"], ["--w", "--pi"],
-                                   ["--entropy", ".1"], ["--kl_kind", "jeffreys"], ["--kl_kind", "reverse"], ["--beta", "2", "2"]])
+                                   ["--share", "level"], ["--start", "mask"], ["--positions", "masked"], ["--coupled"], ["--w", "--pi"],
+                                   ["--entropy", ".1"], ["--kl_kind", "jeffreys"], ["--kl_kind", "forward"], ["--beta", "2", "2"]])
 def test_every_switch_of_distill_changes_the_student(tiny, flags):
     def run(flags, out):
         assert not distill.main(TINY_DISTILL + flags + ["--out", out])
