@@ -18,8 +18,8 @@ import torch
 from tqdm import tqdm
 
 import didi
-from model import (Discriminator, build_denoiser, catch_interrupt, load_checkpoint, parse_resumable, pick_device, rng_state,
-                   run_script, save_checkpoint, set_rng_state, update_ema)
+from model import (Discriminator, build_denoiser, catch_interrupt, interrupted_at, load_checkpoint, parse_resumable, pick_device,
+                   rng_state, run_script, save_checkpoint, set_rng_state, update_ema)
 from train_teacher import load_data, make_tokenizer, quality
 
 # What the paper does, at our size: all-mask starts, groups of 4 that share levels, coupled time, 1/t weights, both regularisers.
@@ -146,32 +146,53 @@ def evaluate(model, args, tokenizer, known, device):
     return row
 
 
+def networks(args, config, teacher, device, ckpt):
+    """{"model": student, "ema", "disc", "opt", "disc_opt"}, copies of the teacher or as the checkpoint left them; and the update
+    to begin with."""
+    student, ema = copy.deepcopy(teacher).requires_grad_(True), copy.deepcopy(teacher)
+    disc = Discriminator(teacher, args.disc_blocks).to(device)
+    adam = {"betas": (0.9, 0.99), "weight_decay": 0.0}
+    nets = {"model": student, "ema": ema, "disc": disc, "opt": torch.optim.AdamW(student.parameters(), lr=args.lr, **adam),
+            "disc_opt": torch.optim.AdamW([p for p in disc.parameters() if p.requires_grad], lr=args.disc_lr, **adam)}
+    if not ckpt:
+        return nets, 0
+    for name, net in nets.items():
+        net.load_state_dict(ckpt[name])
+    set_rng_state(ckpt["rng"], device)
+    return nets, ckpt["step"]
+
+
+def finish_row(row, step, args, log, bar, report, save):
+    """After an update: stop if something is not finite; at intervals a table and a checkpoint; then the log."""
+    if not math.isfinite(sum(row.values())):
+        raise diverged(step, args)
+    done = step + 1 - args.disc_warmup
+    if (done > 0 and done % args.eval_every == 0) or done == args.steps:
+        row |= report()
+        tqdm.write(f"update {step + 1}: " + ", ".join(f"{k} {row[k]:.3f}" for k in row if "@" in k))
+        save(step + 1)
+    log.write(json.dumps(row | {"time": time.time()}) + "\n")
+    log.flush()
+    bar.set_postfix({k: f"{row[k]:.3f}" for k in ("disc_acc", "r_ref", "r_student", "kl") if k in row})
+
+
 def main(argv=None):
     args, device, ckpt = parse_flags(argv)
     torch.manual_seed(args.seed)
     loaded, config = load_checkpoint(args.teacher, "teacher", device)
-    mask_id, tokenizer = config.mask_id, make_tokenizer()
+    L, mask_id, tokenizer = config.length, config.mask_id, make_tokenizer()
     teacher = build_denoiser(config, loaded["ema"], device).requires_grad_(False)
-    student, ema = copy.deepcopy(teacher).requires_grad_(True), copy.deepcopy(teacher)
-    disc = Discriminator(teacher, args.disc_blocks).to(device)
-    opt = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    disc_opt = torch.optim.AdamW([p for p in disc.parameters() if p.requires_grad], lr=args.disc_lr, betas=(0.9, 0.99), weight_decay=0.0)
-    data = load_data(config.length, tokenizer)
+    data = load_data(L, tokenizer)
     train = data["train"].to(device)
     reference = teacher_samples(teacher) if args.reference == "teacher" else train
-    parts = {"model": student, "ema": ema, "disc": disc, "opt": opt, "disc_opt": disc_opt}
-    first = 0
-    if ckpt:
-        for name, part in parts.items():
-            part.load_state_dict(ckpt[name])
-        set_rng_state(ckpt["rng"], device)
-        first = ckpt["step"]
+    nets, first = networks(args, config, teacher, device, ckpt)
+    student, ema, disc, opt, disc_opt = nets.values()
 
     def save(step):
         save_checkpoint(args.out, config, kind="student", step=step, rng=rng_state(device), flags=vars(args), tokenizer="bytes",
-                        **{name: part.state_dict() for name, part in parts.items()})
+                        **{name: net.state_dict() for name, net in nets.items()})
     os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
-    total, interrupted, begin = args.disc_warmup + args.steps, catch_interrupt(), time.perf_counter()
+    total, interrupted = args.disc_warmup + args.steps, catch_interrupt()
     with open(os.path.splitext(args.out)[0] + ".jsonl", "a" if ckpt else "w") as log, \
             tqdm(range(first, total), initial=first, total=total, desc="distill", unit="update", mininterval=1) as bar:
         for step in bar:
@@ -183,10 +204,10 @@ def main(argv=None):
             levels = levels.repeat_interleave(len(z_t) // groups, 1)  # (K + 1, rows of z_t)
             try:
                 with torch.set_grad_enabled(moving):
-                    x, steps = didi.rollout(student, z_t, levels, mask_id, copies)
+                    x, steps = didi.rollout(student, z_t, levels, mask_id, copies)  # (groups * G, L)
             except FloatingPointError:
                 raise diverged(step, args) from None
-            # 2. coupled time: x and the reference are noised to the rollout's own tau
+            # 2. coupled time: noise x and the reference to the rollout's own tau; or both to a low level of its own
             level = tau if args.coupled else torch.rand_like(tau) * args.noise_max
             level, tau, pi = (v.repeat_interleave(args.G) for v in (level, tau, pi))  # (groups * G,)
             z_fake = didi.forward_mask(x, level, mask_id)
@@ -208,26 +229,14 @@ def main(argv=None):
                 # 5. student step: policy gradient, KL to the teacher, entropy bonus; then the weight average
                 w = (didi.weight(tau) if args.w else torch.ones_like(tau)) / (pi if args.pi else 1)
                 kl, entropy = regularisers(teacher, steps, args.kl_kind)
-                policy = didi.policy_loss(sum(s[3] for s in steps), advantage, w, config.length)
+                policy = didi.policy_loss(sum(s[3] for s in steps), advantage, w, L)
                 row |= {"spread": r.view(-1, args.G).std(1, correction=0).mean().item(), "policy": policy.item(), "kl": kl.item(),
                         "entropy": entropy.item(), "norm": update(policy + args.kl * kl - args.entropy * entropy, student, opt)}
                 update_ema(ema, student, args.ema)
-            if not math.isfinite(sum(row.values())):
-                raise diverged(step, args)
-            last = step + 1 == total
-            if moving and (step + 1 - args.disc_warmup) % args.eval_every == 0 or last:
-                row |= evaluate(ema, args, tokenizer, data["known"], device)
-                tqdm.write(f"update {step + 1}: " + ", ".join(f"{k} {row[k]:.3f}" for k in row if "@" in k))
-                save(step + 1)
-            row["seconds"] = time.perf_counter() - begin
-            log.write(json.dumps(row) + "\n")
-            log.flush()
-            bar.set_postfix({k: f"{row[k]:.3f}" for k in ("disc_acc", "r_ref", "r_student", "kl") if k in row})
+            finish_row(row, step, args, log, bar, lambda: evaluate(ema, args, tokenizer, data["known"], device), save)
             if interrupted():
                 save(step + 1)
-                print(f"\ninterrupted: update {step + 1} is saved in {args.out}; go on with `python distill.py --resume`"
-                      + (f" --out {args.out}" if args.out != "out/student.pt" else ""))
-                return 130
+                return print(interrupted_at("distill", step + 1, args.out)) or 130
     print(f"wrote {args.out}")
 
 

@@ -209,6 +209,11 @@ def catch_interrupt():
     return lambda: bool(pressed)
 
 
+def interrupted_at(script, step, path):
+    """What to say after Ctrl-C."""
+    return f"\ninterrupted: step {step} is saved in {path}; go on with `python {script}.py --resume --out {path}`"
+
+
 def parse_resumable(parser, kind, argv=None):
     """Parse flags; with --resume, those not given again come from the checkpoint --out. Returns (flags, checkpoint or None)."""
     args = parser.parse_args(argv)

@@ -28,8 +28,8 @@ import torch
 from tqdm import tqdm
 
 import didi
-from model import (Config, Denoiser, catch_interrupt, parse_resumable, pick_device, rng_state, run_script, save_checkpoint,
-                   set_rng_state, update_ema)
+from model import (Config, Denoiser, catch_interrupt, interrupted_at, parse_resumable, pick_device, rng_state, run_script,
+                   save_checkpoint, set_rng_state, update_ema)
 
 
 # -------------------------------------------------------------------------------------------------- data and tokenizer
@@ -221,9 +221,7 @@ def main(argv=None):
                 log.flush()
             if interrupted():
                 save(step + 1)
-                print(f"\ninterrupted: step {step + 1} is saved in {args.out}; go on with `python train_teacher.py --resume`"
-                      + (f" --out {args.out}" if args.out != "out/teacher.pt" else ""))
-                return 130
+                return print(interrupted_at("train_teacher", step + 1, args.out)) or 130
     print(f"wrote {args.out}")
 
 
