@@ -119,7 +119,7 @@ def parse_flags(argv=None):
     g.add_argument("--n_head", type=int, help="attention heads [4; 8]")
     g.add_argument("--n_embd", type=int, help="D, width [128; 256]")
     g = p.add_argument_group("optimisation")
-    g.add_argument("--steps", type=int, help="optimiser steps [2200; 6000]")
+    g.add_argument("--steps", type=int, help="optimiser steps [1700; 6000]")
     g.add_argument("--batch", type=int, help="B, sequences per step [64; 256]")
     g.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of AdamW: warm-up, then cosine to a tenth of it")
     g.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up")
@@ -129,12 +129,12 @@ def parse_flags(argv=None):
     g.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     g.add_argument("--seed", type=int, default=0)
     g.add_argument("--out", default="out/teacher.pt", help="checkpoint; the log lies beside it as .jsonl")
-    g.add_argument("--eval_every", type=int, default=550, help="steps between validations, each of which saves a checkpoint")
+    g.add_argument("--eval_every", type=int, default=425, help="steps between validations, each of which saves a checkpoint")
     g.add_argument("--eval_samples", type=int, default=128, help="samples per validity estimate (standard error .04 at 128)")
     g.add_argument("--resume", action="store_true", help="go on from --out; flags not given again are those of the checkpoint")
     args, ckpt = parse_resumable(p, "teacher", argv)
     device = pick_device(args.device)
-    small, large = {"n_layer": 3, "n_head": 4, "n_embd": 128, "steps": 2200, "batch": 64, "compile": False}, \
+    small, large = {"n_layer": 3, "n_head": 4, "n_embd": 128, "steps": 1700, "batch": 64, "compile": False}, \
                    {"n_layer": 6, "n_head": 8, "n_embd": 256, "steps": 6000, "batch": 256, "compile": device.type == "cuda"}
     for name, value in (small if device.type == "cpu" else large).items():
         if getattr(args, name) is None:
