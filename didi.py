@@ -231,6 +231,25 @@ def policy_loss(log_prob, advantage, w, L):
     return -(w * advantage.detach() * log_prob).mean() / L
 
 
+# ------------------------------------------------------------- another way to fewer steps: self-distillation through time (SDTT)
+@torch.no_grad()
+def sdtt_target(teacher, z_t, t, dt, mask_id):
+    """What two teacher steps t -> t - dt/2 -> t - dt predict, for a student to match in one (SDTT, arXiv 2410.21035).
+
+    z_t (B, L), t (B,), dt a float <= t. Returns log_p_x (n, V) at the n masked positions of z_t: each from the step that reveals
+    it or, where it stays masked, from the second step.
+    """
+    where, z, target = z_t == mask_id, z_t, None
+    for s in (t - dt / 2, t - dt):
+        masked = z == mask_id
+        log_p_x = predict(teacher, z, masked)
+        target = log_p_x if target is None else target.index_put((masked[where],), log_p_x)
+        reveal = reveal_positions(z, t, s, mask_id)
+        z = z.masked_scatter(reveal, draw(log_p_x[reveal[masked]]))
+        t = s
+    return target
+
+
 # ------------------------------------------------------------------------------------- reward-guided ancestral sampler (RGAS)
 def tilt_step(denoiser, discriminator, z, t, s, mask_id, positions, h, temperature=1.0):
     """One step z_t -> z_s with log p(x_i) += h * d r(z_s) / d x_i at the positions revealed; returns z_s and `called` (B,).

@@ -3,35 +3,51 @@
     python distill.py                       # out/teacher.pt -> out/student.pt, at most 5 minutes on two CPU cores
     python distill.py --paper               # the paper's own setting
     python distill.py --resume              # go on after Ctrl-C or a crash
+    python distill.py --objective sdtt      # another method for the same end, as a yardstick
+    python distill.py --ablate FILE         # what each component does, over three seeds
 
-The loop in `main` is the algorithm, numbered as in the README. Left out on purpose: learning-rate schedules, replay of old
-samples, importance-clipped (PPO) updates: each sample is used once, on policy.
+`didi_update` is the algorithm, numbered as in the README. Left out on purpose: replay of old samples, importance-clipped
+(PPO) updates: each sample is used once, on policy.
 """
 import argparse
 import copy
+import itertools
 import json
 import math
 import os
+import sys
 import time
 
 import torch
 from tqdm import tqdm
 
 import didi
-from model import (Discriminator, build_denoiser, catch_interrupt, interrupted_at, load_checkpoint, parse_resumable, pick_device,
-                   rng_state, run_script, save_checkpoint, set_rng_state, update_ema)
+from model import (Discriminator, add_machine_flags, build_denoiser, build_discriminator, catch_interrupt, interrupted_at, load_checkpoint, parse_resumable,
+                   pick_device, rng_state, run_script, save_checkpoint, set_rng_state, spread, update_ema, write_json)
 from train_teacher import load_data, make_tokenizer, quality
 
 # What the paper does, at our size: all-mask starts, groups of 4 that share levels, coupled time, 1/t weights, both regularisers.
 PAPER = {"start": "mask", "share": "level", "groups": 32, "G": 4, "coupled": True, "w": True, "pi": True, "positions": "masked",
          "smoothing": 0.1, "reward_clip": 8.0, "kl_kind": "forward", "kl": 0.1, "entropy": 0.01, "reference": "teacher", "eps": 1e-4}
+# Self-distillation through time: as many updates as take the time of the default, supervised and so at a higher learning rate.
+SDTT = {"steps": 320, "disc_warmup": 0, "lr": 1e-3}
+# The runs of --ablate: first as in the paper's table, in its setting, each with all before it; then the default with one thing changed.
+CUMULATIVE = {"none": "--paper --no-ism --no-coupled --no-w --no-pi --kl 0 --entropy 0 --no-group_norm", "+ intermediate-state matching": "--ism",
+              "+ coupled time": "--coupled", "+ w(t)": "--w", "+ pi(t)": "--pi", "+ KL and entropy": f"--kl {PAPER['kl']} --entropy {PAPER['entropy']}",
+              "+ grouped normalisation": "--group_norm", "+ guided sampler": ""}
+ONE_CHANGE = {"default": "", "default, guided sampler": "", "no intermediate-state matching": "--no-ism", "no grouped normalisation": "--no-group_norm",
+              "no KL": "--kl 0", "coupled time": "--coupled", "w(t) and pi(t)": "--w --pi", "all rollouts from all masks": "--start mask",
+              "groups share levels only": "--share level", "masked positions only": "--positions masked", "teacher samples": "--reference teacher"}
 
 
 def parse_flags(argv=None):
     on_off = argparse.BooleanOptionalAction
     p = argparse.ArgumentParser(description="Distil the teacher into a few-step student.")
-    g = p.add_argument_group("rollout")
+    g = p.add_argument_group("method")
     g.add_argument("--paper", action="store_true", help="the paper's setting; other flags still win over it")
+    g.add_argument("--objective", choices=("didi", "sdtt"), default="didi", help="DiDi-Instruct, or self-distillation through time")
+    g.add_argument("--rounds", type=int, nargs="+", default=(32, 16, 8, 4), help="sdtt: steps of the student, halved in each round")
+    g = p.add_argument_group("rollout")
     g.add_argument("--start", choices=("data", "mask"), default="data", help="rollouts start from z_t = noised data, or from all masks")
     g.add_argument("--t_range", type=float, nargs=2, default=(0.2, 1.0), help="with --start data: t is uniform between these, or ..")
     g.add_argument("--mask_share", type=float, default=0.3, help=".. is 1 (all masks) for this share of the groups")
@@ -42,7 +58,7 @@ def parse_flags(argv=None):
     g.add_argument("--ism", action=on_off, default=True, help="intermediate-state matching; off: rollouts of one step")
     g.add_argument("--beta", type=float, nargs=2, default=(1.0, 1.0), help="a, b of tau/t ~ Beta(a, b)")
     g = p.add_argument_group("discriminator and reward")
-    g.add_argument("--reference", choices=("data", "teacher"), default="data", help="what has label 1: data, or 64-step teacher samples")
+    g.add_argument("--reference", choices=("data", "teacher"), default="data", help="label 1, and noised first states: data, or 64-step teacher samples")
     g.add_argument("--coupled", action=on_off, default=False, help="noise x again at the rollout's tau; off: at --noise_max * U(0, 1)")
     g.add_argument("--noise_max", type=float, default=0.3, help="the highest level of noise without --coupled")
     g.add_argument("--positions", choices=("masked", "all"), default="all", help="whose logits enter loss, reward and guidance")
@@ -61,20 +77,20 @@ def parse_flags(argv=None):
     g.add_argument("--kl", type=float, default=0.09, help="weight of the KL to the teacher, per masked token; 0 = off")
     g.add_argument("--kl_kind", choices=("forward", "reverse", "jeffreys"), default="reverse", help="forward = KL(teacher || student)")
     g.add_argument("--entropy", type=float, default=0.0, help="weight of the entropy bonus, per masked token; 0 = off")
-    g.add_argument("--lr", type=float, default=6e-4, help="student's learning rate")
+    g.add_argument("--lr", type=float, default=6e-4, help="student's learning rate; falls linearly to a tenth")
     g.add_argument("--ema", type=float, default=0.97, help="decay of the weight average that is saved and sampled")
     g.add_argument("--steps", type=int, default=160, help="updates of the student")
     g = p.add_argument_group("run")
-    g.add_argument("--teacher", default="out/teacher.pt", help="checkpoint of train_teacher.py")
+    g.add_argument("--ablate", metavar="FILE", help="instead: each component's worth over seeds 0, 1, 2, into this JSON file; resumes")
+    g.add_argument("--teacher", default="out/teacher.pt", help="checkpoint of train_teacher.py; with --ablate, {seed} stands for the seed")
     g.add_argument("--out", default="out/student.pt", help="checkpoint; the log lies beside it as .jsonl")
-    g.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    g.add_argument("--seed", type=int, default=0)
+    add_machine_flags(g)
     g.add_argument("--eval_every", type=int, default=40, help="updates between tables, each of which saves a checkpoint")
     g.add_argument("--eval_samples", type=int, default=128, help="samples per row of these tables (standard error .04 at 128)")
     g.add_argument("--resume", action="store_true", help="go on from --out; flags not given again are those of the checkpoint")
     args, ckpt = parse_resumable(p, "student", argv)
-    if args.paper and not ckpt:
-        p.set_defaults(**PAPER)
+    if not ckpt:
+        p.set_defaults(**(PAPER if args.paper else SDTT if args.objective == "sdtt" else {}))
         args = p.parse_args(argv)
     if min(args.groups, args.G, args.K, args.steps, args.disc_batch, args.eval_every, args.eval_samples) < 1:
         raise ValueError("--groups, --G, --K, --steps, --disc_batch and --eval_* must all be at least 1")
@@ -82,21 +98,21 @@ def parse_flags(argv=None):
         raise ValueError(f"--t_range {args.t_range[0]} {args.t_range[1]}: give two levels, 0 < low <= high <= 1")
     if args.disc_batch > args.groups * args.G:
         raise ValueError(f"--disc_batch {args.disc_batch} is more than the {args.groups * args.G} samples of an update (groups * G)")
-    return args, pick_device(args.device), ckpt
+    return args, pick_device(args), ckpt
 
 
-def start_states(train, groups, args, mask_id):
-    """The rollouts' first states z_t (B, L), the levels t (groups,), and how many completions each state gets.
+def start_states(reference, groups, args, mask_id):
+    """What the rollouts start from: reference texts x (B, L), z_t = x noised (B, L), levels t (groups,), and completions per state.
 
     --share state: one z_t per group, which all G samples complete. --share level: G states of their own, at one level.
     """
-    t = torch.ones(groups, device=train.device)
+    t = torch.ones(groups, device=reference.device)
     if args.start == "data":
         t = torch.where(torch.rand_like(t) < args.mask_share, t, torch.empty_like(t).uniform_(*args.t_range))
     copies = args.G if args.share == "state" else 1
     rows = groups * args.G // copies
-    z_t = didi.forward_mask(train[torch.randint(len(train), (rows,)).to(train.device)], t.repeat_interleave(rows // groups), mask_id)
-    return z_t, t, copies
+    x = reference[torch.randint(len(reference), (rows,)).to(reference.device)]
+    return x, didi.forward_mask(x, t.repeat_interleave(rows // groups), mask_id), t, copies
 
 
 def teacher_samples(teacher, num=2048, steps=64, batch=256):
@@ -120,11 +136,11 @@ def regularisers(teacher, steps, kind):
 
 def diverged(step, args):
     """What to raise when something is not finite."""
-    return FloatingPointError(f"a loss is not finite at update {step + 1}; the last good checkpoint is kept: lower --lr (now {args.lr}) "
+    return FloatingPointError(f"a loss is not finite at update {step}; the last good checkpoint is kept: lower --lr (now {args.lr}) "
                               f"or --disc_lr (now {args.disc_lr}) and start again, or --resume")
 
 
-def update(loss, net, optimizer):
+def descend(loss, net, optimizer):
     """One optimiser step with gradients clipped to norm 1; returns the norm before clipping."""
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -134,26 +150,30 @@ def update(loss, net, optimizer):
 
 
 @torch.no_grad()
-def evaluate(model, args, tokenizer, known, device):
-    """{"valid@4": .., "entropy@4": .., "length@4": .., ..} of samples in 4, 8 and 16 steps, always with the same random numbers."""
+def evaluate(model, num, tokenizer, known, device, steps=(4, 8, 16), disc=None, positions=None):
+    """{"valid@4": .., "entropy@4": .., "length@4": .., ..} of `num` samples in 4, 8 and 16 steps, always with the same random numbers;
+    guided ones with a discriminator."""
     row, mask_id = {}, model.config.mask_id
     with torch.random.fork_rng():
         torch.manual_seed(4321)
-        for n in (4, 8, 16):
-            z = torch.full((args.eval_samples, model.config.length), mask_id, device=device)
-            q = quality(didi.sample(model, z, n, mask_id)[0], tokenizer, known)
+        for n in steps:
+            z = torch.full((num, model.config.length), mask_id, device=device)
+            x = didi.guided_sample(model, disc, z, n, mask_id, positions)[0] if disc else didi.sample(model, z, n, mask_id)[0]
+            q = quality(x, tokenizer, known)
             row.update({f"{k}@{n}": q[k] for k in ("valid", "entropy", "length")})
     return row
 
 
 def networks(args, config, teacher, device, ckpt):
-    """{"model": student, "ema", "disc", "opt", "disc_opt"}, copies of the teacher or as the checkpoint left them; and the update
-    to begin with."""
-    student, ema = copy.deepcopy(teacher).requires_grad_(True), copy.deepcopy(teacher)
-    disc = Discriminator(teacher, args.disc_blocks).to(device)
-    adam = {"betas": (0.9, 0.99), "weight_decay": 0.0}
-    nets = {"model": student, "ema": ema, "disc": disc, "opt": torch.optim.AdamW(student.parameters(), lr=args.lr, **adam),
-            "disc_opt": torch.optim.AdamW([p for p in disc.parameters() if p.requires_grad], lr=args.disc_lr, **adam)}
+    """{"model": student, "ema", "opt", and "disc", "disc_opt" or (sdtt) "target": the round's teacher}, copies of the teacher or as
+    the checkpoint left them; and the update to begin with."""
+    student, adam = copy.deepcopy(teacher).requires_grad_(True), {"betas": (0.9, 0.99), "weight_decay": 0.0}
+    nets = {"model": student, "ema": copy.deepcopy(teacher), "opt": torch.optim.AdamW(student.parameters(), lr=args.lr, **adam)}
+    if args.objective == "sdtt":
+        nets["target"] = copy.deepcopy(teacher)
+    else:
+        disc = nets["disc"] = Discriminator(teacher, args.disc_blocks).to(device)
+        nets["disc_opt"] = torch.optim.AdamW([p for p in disc.parameters() if p.requires_grad], lr=args.disc_lr, **adam)
     if not ckpt:
         return nets, 0
     for name, net in nets.items():
@@ -162,31 +182,115 @@ def networks(args, config, teacher, device, ckpt):
     return nets, ckpt["step"]
 
 
-def finish_row(row, step, args, log, bar, report, save):
+def didi_update(step, nets, teacher, reference, args):
+    """One iteration of DiDi-Instruct, read downwards; the numbers are the README's. Returns what to log.
+
+    Until step = --disc_warmup only the discriminator learns.
+    """
+    student, disc, moving = nets["model"], nets["disc"], step >= args.disc_warmup
+    L, mask_id = student.config.length, student.config.mask_id
+    # 1. rollout with intermediate-state matching: z_t -> z_tau -> x, and the log-probabilities of both steps
+    groups = args.groups if moving else -(-args.disc_batch // args.G)
+    x_ref, z_t, t, copies = start_states(reference, groups, args, mask_id)
+    levels, tau, pi = didi.draw_levels(t, args.K if args.ism else 1, *args.beta)
+    with torch.set_grad_enabled(moving):
+        x, steps = didi.rollout(student, z_t, levels.repeat_interleave(len(z_t) // groups, 1), mask_id, copies)  # (groups * G, L)
+    # 2. coupled time: noise x to the rollout's own tau (or to a low level of its own), and the reference at the same positions
+    level = tau if args.coupled else torch.rand_like(tau) * args.noise_max
+    level, tau, pi = (v.repeat_interleave(args.G) for v in (level, tau, pi))  # (groups * G,)
+    z_fake = didi.forward_mask(x, level, mask_id)
+    pick = torch.randperm(len(x), device=x.device)[:args.disc_batch]
+    z_ref = x_ref.repeat_interleave(copies, 0)[pick].masked_fill(z_fake[pick] == mask_id, mask_id)
+    # 3. discriminator step: label 1 on the reference
+    logits_ref, logits_fake = disc(torch.cat((z_ref, z_fake[pick]))).chunk(2)
+    disc_loss = didi.discriminator_loss(logits_ref, z_ref, logits_fake, z_fake[pick], mask_id, args.positions, args.smoothing)
+    r_ref = didi.reward(logits_ref, z_ref, mask_id, args.positions, args.reward_clip)
+    r_pick = didi.reward(logits_fake, z_fake[pick], mask_id, args.positions, args.reward_clip)
+    row = {"disc_loss": disc_loss.item(), "disc_norm": descend(disc_loss, disc, nets["disc_opt"]),
+           "disc_acc": ((r_ref > 0).float().mean() + (r_pick < 0).float().mean()).item() / 2,
+           "r_ref": r_ref.mean().item(), "r_student": r_pick.mean().item()}
+    if not moving:
+        return row
+    # 4. reward and grouped reward normalisation
+    with torch.no_grad():
+        r = didi.reward(disc(z_fake), z_fake, mask_id, args.positions, args.reward_clip)  # (groups * G,)
+    advantage = didi.grouped_advantage(r, args.G, args.advantage_clip, args.eps) if args.group_norm else r
+    # 5. student step: policy gradient, KL to the teacher, entropy bonus
+    w = (didi.weight(tau) if args.w else torch.ones_like(tau)) / (pi if args.pi else 1)
+    kl, entropy = regularisers(teacher, steps, args.kl_kind)
+    policy = didi.policy_loss(sum(s[3] for s in steps), advantage, w, L)
+    return row | {"spread": r.view(-1, args.G).std(1, correction=0).mean().item(), "policy": policy.item(), "kl": kl.item(),
+                  "entropy": entropy.item(), "norm": descend(policy + args.kl * kl - args.entropy * entropy, student, nets["opt"])}
+
+
+def sdtt_update(step, nets, teacher, reference, args):
+    """One iteration of self-distillation through time (arXiv 2410.21035): match in one step what two steps of `target` predict.
+
+    The updates are shared out among the rounds; each begins with the student so far as the new target. Returns what to log.
+    """
+    length = -(-args.steps // len(args.rounds))  # updates per round
+    if step % length == 0:
+        nets["target"].load_state_dict(nets["ema"].state_dict())
+        nets["opt"].state.clear()
+    dt, mask_id = 1 / args.rounds[step // length], teacher.config.mask_id
+    x = reference[torch.randint(len(reference), (args.groups * args.G,)).to(reference.device)]
+    t = dt + (1 - dt) * didi.low_discrepancy_times(len(x), x.device)
+    z_t = didi.forward_mask(x, t, mask_id)
+    target = didi.sdtt_target(nets["target"], z_t, t, dt, mask_id)
+    kl = didi.kl_to_teacher(didi.predict(nets["model"], z_t, z_t == mask_id), target, "forward").mean()
+    return {"round": args.rounds[step // length], "kl": kl.item(), "norm": descend(kl, nets["model"], nets["opt"])}
+
+
+def finish_row(row, done, args, log, bar, report, save):
     """After an update: stop if something is not finite; at intervals a table and a checkpoint; then the log."""
     if not math.isfinite(sum(row.values())):
-        raise diverged(step, args)
-    done = step + 1 - args.disc_warmup
+        raise diverged(row["step"], args)
     if (done > 0 and done % args.eval_every == 0) or done == args.steps:
         row |= report()
-        tqdm.write(f"update {step + 1}: " + ", ".join(f"{k} {row[k]:.3f}" for k in row if "@" in k))
-        save(step + 1)
+        tqdm.write(f"update {row['step']}: " + ", ".join(f"{k} {row[k]:.3f}" for k in row if "@" in k))
+        save(row["step"])
     log.write(json.dumps(row | {"time": time.time()}) + "\n")
     log.flush()
     bar.set_postfix({k: f"{row[k]:.3f}" for k in ("disc_acc", "r_ref", "r_student", "kl") if k in row})
 
 
+def ablate(path, argv, num=1000):
+    """Run CUMULATIVE and ONE_CHANGE with three seeds each, {label: {seed: row}} into the file `path`, and print the table.
+
+    Runs that the file has are not made again. The other flags in argv hold for every run.
+    """
+    results = json.load(open(path)) if os.path.exists(path) else {}
+    so_far = list(itertools.accumulate(CUMULATIVE.values(), lambda a, b: f"{a} {b}"))
+    runs = [(label, flags.split(), seed) for seed in ("0", "1", "2") for label, flags in [*zip(CUMULATIVE, so_far), *ONE_CHANGE.items()]]
+    out, done = os.path.join("out", "ablation.pt"), None
+    for label, flags, seed in tqdm([run for run in runs if run[2] not in results.get(run[0], {})], desc="ablation", unit="run"):
+        if done != (flags, seed) and main([*argv, *flags, "--ablate", "", "--seed", seed, "--out", out, "--eval_every", "1000000"]):
+            return 130
+        done = flags, seed
+        ckpt, config = load_checkpoint(out, "student")
+        model, tokenizer = build_denoiser(config, ckpt["ema"]).requires_grad_(False), make_tokenizer()
+        disc = build_discriminator(model, ckpt) if "guided" in label else None
+        row = evaluate(model, num, tokenizer, load_data(config.length, tokenizer)["known"], "cpu", (4, 8, 16, 32), disc, ckpt["flags"]["positions"])
+        results.setdefault(label, {})[seed] = row | {"flags": ckpt["flags"]}
+        write_json(path, results)
+    columns = [f"valid@{n}" for n in (4, 8, 16, 32)] + ["entropy@8", "length@8"]
+    print("| | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 1))
+    for label, rows in results.items():
+        print(f"| {label} | " + " | ".join(spread([r[c] for r in rows.values()], 1 if "length" in c else 3) for c in columns) + " |")
+
+
 def main(argv=None):
     args, device, ckpt = parse_flags(argv)
+    if args.ablate:
+        return ablate(args.ablate, sys.argv[1:] if argv is None else argv)
     torch.manual_seed(args.seed)
-    loaded, config = load_checkpoint(args.teacher, "teacher", device)
-    L, mask_id, tokenizer = config.length, config.mask_id, make_tokenizer()
-    teacher = build_denoiser(config, loaded["ema"], device).requires_grad_(False)
-    data = load_data(L, tokenizer)
-    train = data["train"].to(device)
-    reference = teacher_samples(teacher) if args.reference == "teacher" else train
+    loaded, config = load_checkpoint(args.teacher.format(seed=args.seed), "teacher", device)
+    tokenizer = make_tokenizer()
+    teacher = build_denoiser(config, loaded["ema"], device, args.bf16).requires_grad_(False)
+    data = load_data(config.length, tokenizer)
+    reference = teacher_samples(teacher) if args.reference == "teacher" else data["train"].to(device)
     nets, first = networks(args, config, teacher, device, ckpt)
-    student, ema, disc, opt, disc_opt = nets.values()
+    update = didi_update if args.objective == "didi" else sdtt_update
 
     def save(step):
         save_checkpoint(args.out, config, kind="student", step=step, rng=rng_state(device), flags=vars(args), tokenizer="bytes",
@@ -194,49 +298,20 @@ def main(argv=None):
     os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
     total, interrupted = args.disc_warmup + args.steps, catch_interrupt()
     with open(os.path.splitext(args.out)[0] + ".jsonl", "a" if ckpt else "w") as log, \
-            tqdm(range(first, total), initial=first, total=total, desc="distill", unit="update", mininterval=1) as bar:
+            tqdm(range(first, total), initial=first, total=total, desc=args.objective, unit="update", mininterval=1) as bar:
         for step in bar:
-            moving = step >= args.disc_warmup  # before that, only the discriminator learns
-            # 1. rollout with intermediate-state matching: z_t -> z_tau -> x, and the log-probabilities of both steps
-            groups = args.groups if moving else -(-args.disc_batch // args.G)
-            z_t, t, copies = start_states(train, groups, args, mask_id)
-            levels, tau, pi = didi.draw_levels(t, args.K if args.ism else 1, *args.beta)
-            levels = levels.repeat_interleave(len(z_t) // groups, 1)  # (K + 1, rows of z_t)
+            done = step + 1 - args.disc_warmup  # updates of the student
+            nets["opt"].param_groups[0]["lr"] = args.lr * (1 - 0.9 * max(done - 1, 0) / args.steps)
             try:
-                with torch.set_grad_enabled(moving):
-                    x, steps = didi.rollout(student, z_t, levels, mask_id, copies)  # (groups * G, L)
+                row = {"step": step + 1} | update(step, nets, teacher, reference, args)
             except FloatingPointError:
-                raise diverged(step, args) from None
-            # 2. coupled time: noise x and the reference to the rollout's own tau; or both to a low level of its own
-            level = tau if args.coupled else torch.rand_like(tau) * args.noise_max
-            level, tau, pi = (v.repeat_interleave(args.G) for v in (level, tau, pi))  # (groups * G,)
-            z_fake = didi.forward_mask(x, level, mask_id)
-            pick = torch.randperm(len(x), device=device)[:args.disc_batch]
-            z_ref = didi.forward_mask(reference[torch.randint(len(reference), (len(pick),)).to(device)], level[pick], mask_id)
-            # 3. discriminator step: label 1 on the reference
-            logits_ref, logits_fake = disc(torch.cat((z_ref, z_fake[pick]))).chunk(2)
-            disc_loss = didi.discriminator_loss(logits_ref, z_ref, logits_fake, z_fake[pick], mask_id, args.positions, args.smoothing)
-            r_ref = didi.reward(logits_ref, z_ref, mask_id, args.positions, args.reward_clip)
-            r_pick = didi.reward(logits_fake, z_fake[pick], mask_id, args.positions, args.reward_clip)
-            row = {"step": step + 1, "disc_loss": disc_loss.item(), "disc_norm": update(disc_loss, disc, disc_opt),
-                   "disc_acc": ((r_ref > 0).float().mean() + (r_pick < 0).float().mean()).item() / 2,
-                   "r_ref": r_ref.mean().item(), "r_student": r_pick.mean().item()}
-            if moving:
-                # 4. reward and grouped reward normalisation
-                with torch.no_grad():
-                    r = didi.reward(disc(z_fake), z_fake, mask_id, args.positions, args.reward_clip)  # (groups * G,)
-                advantage = didi.grouped_advantage(r, args.G, args.advantage_clip, args.eps) if args.group_norm else r
-                # 5. student step: policy gradient, KL to the teacher, entropy bonus; then the weight average
-                w = (didi.weight(tau) if args.w else torch.ones_like(tau)) / (pi if args.pi else 1)
-                kl, entropy = regularisers(teacher, steps, args.kl_kind)
-                policy = didi.policy_loss(sum(s[3] for s in steps), advantage, w, L)
-                row |= {"spread": r.view(-1, args.G).std(1, correction=0).mean().item(), "policy": policy.item(), "kl": kl.item(),
-                        "entropy": entropy.item(), "norm": update(policy + args.kl * kl - args.entropy * entropy, student, opt)}
-                update_ema(ema, student, args.ema)
-            finish_row(row, step, args, log, bar, lambda: evaluate(ema, args, tokenizer, data["known"], device), save)
+                raise diverged(step + 1, args) from None
+            if done > 0:
+                update_ema(nets["ema"], nets["model"], args.ema)
+            finish_row(row, done, args, log, bar, lambda: evaluate(nets["ema"], args.eval_samples, tokenizer, data["known"], device), save)
             if interrupted():
                 save(step + 1)
-                return print(interrupted_at("distill", step + 1, args.out)) or 130
+                return print(interrupted_at("distill.py", step + 1, args.out)) or 130
     print(f"wrote {args.out}")
 
 

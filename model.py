@@ -5,12 +5,16 @@ already tells the noise level (arXiv 2409.02908), so there is no timestep embedd
 separate calls, so that the head, the widest matrix of all, runs only at the positions somebody asks for.
 You don't have to read this file to follow the method: didi.py takes any callable z -> logits.
 """
+import argparse
 import copy
+import json
+import math
 import os
 import signal
 import sys
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -25,6 +29,7 @@ class Config:
     n_layer: int = 3
     n_head: int = 4
     n_embd: int = 128      # D
+    causal: bool = False   # the autoregressive baseline: position i sees 0..i only, and the mask token stands for "begin"
 
     @property
     def mask_id(self):
@@ -38,26 +43,33 @@ def rotate(x, cos, sin):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block, bidirectional: every position sees every other."""
+    """Pre-norm transformer block: every position sees every other or, if causal, those up to its own."""
 
     def __init__(self, config):
         super().__init__()
         D = config.n_embd
-        self.n_head = config.n_head
+        self.n_head, self.causal = config.n_head, config.causal
         self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
         self.qkv, self.proj = nn.Linear(D, 3 * D, bias=False), nn.Linear(D, D, bias=False)
         self.up, self.down = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
 
-    def forward(self, h, cos, sin):
+    def forward(self, h, cos, sin, cache=None):
         B, L, D = h.shape
         q, k, v = self.qkv(self.norm1(h)).view(B, L, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # 3 x (B, H, L, D/H)
-        a = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:  # (2, B, H, positions so far, D/H), its last column still to be filled by the one token of h
+            cache[0, :, :, -1:], cache[1, :, :, -1:] = k, v
+            k, v = cache
+        dtype = v.dtype if v.is_cuda else torch.float32  # a CPU is 4 times slower with attention in bfloat16
+        with torch.autocast(h.device.type, enabled=False):
+            a = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), is_causal=self.causal and cache is None)
         h = h + self.proj(a.transpose(1, 2).reshape(B, L, D))
         return h + self.down(F.gelu(self.up(self.norm2(h))))
 
 
 class Denoiser(nn.Module):
     """Transformer denoiser: z (B, L) with values 0..V (V = mask) -> logits (B, L, V). Never predicts a mask: no column for it."""
+    bf16 = False  # matrix products in bfloat16 (autocast); weights, residual stream, softmax and losses stay float32
 
     def __init__(self, config):
         super().__init__()
@@ -87,13 +99,32 @@ class Denoiser(nn.Module):
         """Token embeddings e (B, L, D) -> hidden states (B, L, D): the entry for soft tokens."""
         L = e.shape[1]
         h = e + self.position[:L]
-        for block in self.blocks:
-            h = block(h, self.cos[:L], self.sin[:L])
-        return self.norm(h)
+        with self.precision():
+            for block in self.blocks:
+                h = block(h, self.cos[:L], self.sin[:L])
+            return self.norm(h)
+
+    def precision(self):
+        """The autocast context of this network's own calls."""
+        return torch.autocast(self.position.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def new_cache(self, B):
+        """Keys and values for `trunk_next`: (n_layer, 2, B, H, L, D/H), one per block, nothing in it yet."""
+        c, like = self.config, self.position
+        return like.new_empty(c.n_layer, 2, B, c.n_head, c.length, c.n_embd // c.n_head)
+
+    def trunk_next(self, token, i, cache):
+        """Causal models: token (B,) at position i, earlier keys and values from `cache` -> hidden state (B, D) there."""
+        h = self.embed(token[:, None]) + self.position[i]
+        with self.precision():
+            for block, kv in zip(self.blocks, cache):
+                h = block(h, self.cos[i:i + 1], self.sin[i:i + 1], kv[..., :i + 1, :])
+            return self.norm(h)[:, 0]
 
     def head(self, h):
         """Hidden states (..., D) -> logits (..., V), raw: SUBS is didi.predict."""
-        return self.out(h)
+        with self.precision():
+            return self.out(h)
 
     def forward(self, z, where=None):
         """Logits (B, L, V), or (n, V) at the n True positions of `where` (B, L) alone."""
@@ -139,12 +170,13 @@ def save_checkpoint(path, config, **parts):
 
 
 def load_checkpoint(path, kind, device="cpu"):
-    """Read a checkpoint of kind "teacher" or "student" without executing code from it; returns (dict, Config).
+    """Read a checkpoint of kind "teacher", "causal" or "student" without executing code from it; returns (dict, Config).
 
     Raises FileNotFoundError or ValueError with one line that says what to do.
     """
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"no checkpoint at {path}: make it with `python {'train_teacher' if kind == 'teacher' else 'distill'}.py`")
+        maker = {"teacher": "train_teacher.py", "causal": "train_teacher.py --causal", "student": "distill.py"}[kind]
+        raise FileNotFoundError(f"no checkpoint at {path}: make it with `python {maker}`")
     try:
         ckpt = torch.load(path, map_location=device, weights_only=True)
     except Exception as e:  # a foreign file can fail in any way: OSError, EOFError, struct.error, UnpicklingError ..
@@ -159,9 +191,10 @@ def load_checkpoint(path, kind, device="cpu"):
         raise ValueError(f"{path} was written by another version of this project: make it again") from None
 
 
-def build_denoiser(config, state, device="cpu"):
+def build_denoiser(config, state, device="cpu", bf16=False):
     """A Denoiser with the given weights, in eval mode (it has no dropout: eval and train are the same function)."""
     model = Denoiser(config).to(device)
+    model.bf16 = bf16
     try:
         model.load_state_dict(state)
     except RuntimeError as e:
@@ -169,21 +202,82 @@ def build_denoiser(config, state, device="cpu"):
     return model.eval()
 
 
+def build_discriminator(denoiser, ckpt):
+    """The Discriminator in a student's checkpoint, frozen, in eval mode: spectral norm must not go on iterating."""
+    disc = Discriminator(denoiser, ckpt["flags"]["disc_blocks"]).to(denoiser.position.device)
+    try:
+        disc.load_state_dict(ckpt["disc"])
+    except RuntimeError:
+        raise ValueError("the checkpoint's discriminator does not fit its denoiser: run distill.py again") from None
+    return disc.eval().requires_grad_(False)
+
+
 # ----------------------------------------------------------------------------------------------- what the scripts share
+def write_json(path, content):
+    """Write a JSON file by way of a temporary one. ValueError if that cannot be done."""
+    try:
+        with open(f"{path}.partial", "w") as f:
+            json.dump(content, f, indent=1)
+        os.replace(f"{path}.partial", path)
+    except OSError as e:
+        raise ValueError(f"{path!r} cannot be written ({e.strerror}): name a file in an existing folder") from None
+
+
+def spread(values, digits=3):
+    """"mean +- standard deviation" of the values that are numbers, or "" if there are none."""
+    values = [v for v in values if v is not None and v == v]
+    deviation = f" +- {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{deviation}" if values else ""
+
+
 @torch.no_grad()
 def update_ema(ema, model, decay):
     """ema = decay * ema + (1 - decay) * model, parameter by parameter, in place."""
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
-def pick_device(name):
-    """torch.device for "auto", "cpu", "cuda" or "mps"; ValueError if it isn't there."""
+def add_machine_flags(group):
+    """The flags that every script has."""
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    group.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="matrix products in bfloat16 [where the processor has it]")
+    group.add_argument("--seed", type=int, default=0, help="equal flags and equal seed give equal results on one machine")
+
+
+def pick_device(args):
+    """torch.device for args.device: "auto", "cpu", "cuda" or "mps"; ValueError if it isn't there. Settles args.bf16 if it is None."""
     found = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        name = next(d for d in ("cuda", "mps", "cpu") if found[d])
+    name = next(d for d in ("cuda", "mps", "cpu") if found[d]) if args.device == "auto" else args.device
     if not found.get(name):
         raise ValueError(f"device {name} is not available here: use --device auto or one of {[d for d in found if found[d]]}")
+    if args.bf16 is None:  # without such instructions a CPU is slower in bfloat16
+        cpu = getattr(torch.cpu, "get_capabilities", dict)()
+        args.bf16 = name == "cuda" or (name == "cpu" and bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16")))
     return torch.device(name)
+
+
+def reset_peak_memory(device):
+    """Measure `peak_memory` from now on."""
+    global memory_before
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        memory_before = torch.cuda.memory_allocated()
+    elif sys.platform == "linux":
+        with open("/proc/self/clear_refs", "w") as f:
+            f.write("5")  # VmHWM := VmRSS (man 5 proc)
+        memory_before = resident_bytes("VmRSS")
+
+
+def resident_bytes(name):
+    """A field of /proc/self/status, bytes."""
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) * 1024 for line in f if line.startswith(name))
+
+
+def peak_memory(device):
+    """MiB used at most since `reset_peak_memory`, on top of what was in use then: on CUDA the GPU's, on Linux the process's, else NaN."""
+    if device.type == "cuda":
+        return (torch.cuda.max_memory_allocated() - memory_before) / 2 ** 20
+    return (resident_bytes("VmHWM") - memory_before) / 2 ** 20 if sys.platform == "linux" else math.nan
 
 
 def rng_state(device):
@@ -211,7 +305,7 @@ def catch_interrupt():
 
 def interrupted_at(script, step, path):
     """What to say after Ctrl-C."""
-    return f"\ninterrupted: step {step} is saved in {path}; go on with `python {script}.py --resume --out {path}`"
+    return f"\ninterrupted: step {step} is saved in {path}; go on with `python {script} --resume --out {path}`"
 
 
 def parse_resumable(parser, kind, argv=None):

@@ -3,8 +3,10 @@
     python sample.py --steps 8                               # 16 samples of out/student.pt
     python sample.py --prompt "def load(" --watch            # go on from a beginning; the text unmasks live
     python sample.py --infill "def get_????(self, ????):"    # each ? is one unknown character
-    python sample.py --eval --json out/eval.json             # the table: held-out data, teacher, student
-    python sample.py --table assets/nano.json                # mean and spread over the seeds in such a file
+    python sample.py --eval --json out/eval.json             # the table: held-out data, teacher, student, autoregressive model
+    python sample.py --eval --sweep --json out/eval.json     # every step count at six temperatures: quality against entropy
+    python sample.py --table assets/nano.json                # mean and spread over the seeds in such a file, and at equal entropy
+    python sample.py --bench                                 # tokens/s, latency, network calls, peak memory
 
 A masked-diffusion model is conditioned by not masking what is given, wherever it stands: didi.sample never changes a visible
 token. Left out on purpose: top-k and top-p (they too lower the entropy; one such knob, --temperature, is enough to compare at).
@@ -19,16 +21,21 @@ import shutil
 import sys
 import time
 
+import numpy as np
+import tiktoken
 import torch
 from tqdm import tqdm
 
 import didi
-from model import Discriminator, build_denoiser, load_checkpoint, pick_device, run_script
-from train_teacher import decode, encode, load_data, make_tokenizer, quality
+from model import (add_machine_flags, build_denoiser, build_discriminator, load_checkpoint, peak_memory, pick_device, reset_peak_memory, run_script, spread,
+                   write_json)
+from train_teacher import autoregress, causal_nll, decode, encode, load_data, make_tokenizer, quality, until_end
 
 RANGES = {"steps": (1, 10_000), "num": (1, 1_000_000), "temperature": (0.01, 100), "guidance": (0, 100), "candidates": (1, 256),
           "switch": (0, 1), "batch": (1, 1_000_000), "delay": (0, 60), "eval_samples": (1, 1_000_000), "seed": (0, 2**63 - 1)}
-COLUMNS = ("row", "steps", "nfe", "disc_calls", "valid", "valid_se", "distinct", "novel", "length", "entropy", "seq_per_s")
+COLUMNS = ("row", "steps", "T", "nfe", "disc_calls", "valid", "valid_se", "judge_ppl", "distinct", "novel", "length", "entropy", "seq_per_s")
+SWEEP = {"teacher": (4, 8, 16, 32, 64, 256), "student": (4, 8, 16, 32), "autoregressive": (None,)}  # steps, each at these ..
+TEMPERATURES = (1.2, 1.1, 1.0, 0.9, 0.8, 0.7)
 
 
 def parse_flags(argv=None):
@@ -38,12 +45,11 @@ def parse_flags(argv=None):
     g.add_argument("--model", choices=("student", "teacher"), default="student", help="who writes")
     g.add_argument("--student", default="out/student.pt", help="checkpoint of distill.py")
     g.add_argument("--teacher", default="out/teacher.pt", help="checkpoint of train_teacher.py")
-    g.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    add_machine_flags(g)
     g = p.add_argument_group("sampling")
     g.add_argument("--steps", type=int, default=8, help="N, the most denoiser calls that a sequence takes")
     g.add_argument("--num", type=int, default=16, help="samples to print, one a line")
     g.add_argument("--temperature", type=float, default=1.0, help="divides the logits; 1 = the model's own distribution")
-    g.add_argument("--seed", type=int, default=0, help="equal flags and equal seed give equal samples")
     g.add_argument("--batch", type=int, default=256, help="B, sequences per forward: as memory allows")
     g = p.add_argument_group("reward-guided ancestral sampler (RGAS), for the student")
     g.add_argument("--sampler", choices=("ancestral", "rgas"), default="ancestral", help="rgas asks the discriminator too")
@@ -59,14 +65,20 @@ def parse_flags(argv=None):
     g.add_argument("--delay", type=float, default=0.3, help="seconds between two steps on the terminal")
     g = p.add_argument_group("evaluation")
     g.add_argument("--eval", action="store_true", help="one table with steps, samplers and temperatures of its own")
+    g.add_argument("--sweep", action="store_true", help="with --eval: every number of steps at every temperature, 0.7 to 1.2")
     g.add_argument("--eval_samples", type=int, default=1000, help="samples per row; differences between fewer are mostly noise")
     g.add_argument("--rows", choices=("all", "teacher", "student"), default="all", help="with --eval: whose rows")
-    g.add_argument("--json", help="with --eval: add the rows, hardware and flags to this file, under --label and the checkpoint's seed")
+    g.add_argument("--causal", default="out/causal.pt", help="checkpoint of train_teacher.py --causal: baseline and judge, if it is there")
+    g.add_argument("--judge", help="perplexity under a GPT-2 of the package transformers instead: its name or folder")
+    g.add_argument("--json", help="with --eval, --bench: add rows, hardware and flags to this file, under --label and the checkpoint's seed")
     g.add_argument("--label", default="default", help="with --json: what to call this run")
+    g.add_argument("--bench", action="store_true", help="speed and memory of each model, one sequence at a time and --batch at a time")
     g.add_argument("--table", metavar="FILE", help="print mean +- standard deviation over the seeds in FILE, as Markdown, and stop")
+    g.add_argument("--plot", metavar="PNG", help="with --table: draw quality against entropy (needs matplotlib)")
+    g.add_argument("--animate", metavar="GIF", help="three models writing side by side, in their real times (needs matplotlib)")
     args = p.parse_args(argv)
     check_flags(args, {name for name, value in vars(args).items() if value != p.get_default(name)})
-    return args, pick_device(args.device)
+    return args, pick_device(args)
 
 
 def check_flags(args, given):
@@ -75,11 +87,13 @@ def check_flags(args, given):
         if not low <= getattr(args, name) <= high:  # NaN is in no range
             raise ValueError(f"--{name} is {getattr(args, name)}: choose from {low} to {high}")
     rgas, whole_table = args.sampler == "rgas", {"steps", "num", "temperature", "sampler", "prompt", "infill", "watch"}
+    measure = args.eval or args.bench
     for names, wrong, advice in [
-            (whole_table, args.eval, "--eval chooses this itself: leave it out"),
-            ({"json", "eval_samples", "rows"}, not args.eval, "only --eval measures: add --eval"),
+            (whole_table, measure or args.animate, "--eval, --bench and --animate choose this themselves: leave it out"),
+            ({"eval_samples", "rows", "sweep", "judge"}, not args.eval, "only --eval measures quality: add --eval"),
+            ({"json"}, not measure, "only --eval and --bench measure: add one of them"), ({"plot"}, not args.table, "add --table FILE"),
             ({"model"}, args.eval, "--eval has --rows for that"), ({"label"}, args.json is None, "belongs to --json FILE: add that"),
-            ({"guidance", "candidates", "switch"}, not (rgas or args.eval), "only the guided sampler uses it: add --sampler rgas"),
+            ({"guidance", "candidates", "switch"}, not (rgas or measure), "only the guided sampler uses it: add --sampler rgas"),
             ({"gap", "exact"}, args.infill is None, "belongs to --infill TEXT: add that"),
             ({"prompt"}, args.infill is not None, "--infill is given too: put the beginning into its text"),
             ({"watch"}, rgas, "shows the ancestral sampler alone: leave out --sampler rgas"),
@@ -101,33 +115,18 @@ def read_json(path):
         raise ValueError(f"{path!r} is no results file of --eval --json: name another") from None
 
 
-def write_json(path, content):
-    """Write a JSON file by way of a temporary one. ValueError if that cannot be done."""
-    try:
-        with open(f"{path}.partial", "w") as f:
-            json.dump(content, f, indent=1)
-        os.replace(f"{path}.partial", path)
-    except OSError as e:
-        raise ValueError(f"--json {path!r} cannot be written ({e.strerror}): name a file in an existing folder") from None
-
-
 def load_net(kind, args, tokenizer, device):
-    """{"device", "config", "denoiser"} of a checkpoint; a student has "discriminator" and "positions" too. ValueError if odd."""
+    """{"device", "config", "flags", "denoiser"} of a checkpoint; a DiDi student has "discriminator", "positions" too. ValueError if odd."""
     path = getattr(args, kind)
     ckpt, config = load_checkpoint(path, kind, device)
-    missing = {"ema", *(("disc", "disc_blocks", "positions") if kind == "student" else ())} - ckpt.keys() - ckpt.get("flags", {}).keys()
+    guided = kind == "student" and ckpt.get("flags", {}).get("objective") != "sdtt"
+    missing = {"ema", *(("disc", "disc_blocks", "positions") if guided else ())} - ckpt.keys() - ckpt.get("flags", {}).keys()
     if missing or config.vocab_size != tokenizer.n_vocab:
         raise ValueError(f"{path} lacks {', '.join(sorted(missing)) or 'the byte tokenizer'}: another version wrote it, make it again")
-    net = {"device": device, "config": config, "flags": ckpt["flags"],
-           "denoiser": build_denoiser(config, ckpt["ema"], device).requires_grad_(False)}
-    if kind == "student":
-        disc = Discriminator(net["denoiser"], ckpt["flags"]["disc_blocks"]).to(device)
-        try:
-            disc.load_state_dict(ckpt["disc"])
-        except RuntimeError:
-            raise ValueError(f"{path} holds a discriminator that does not fit its denoiser: run distill.py again") from None
-        net["discriminator"] = disc.eval().requires_grad_(False)  # eval: spectral norm must not go on iterating
-        net["positions"] = ckpt["flags"]["positions"]
+    net = {"device": device, "config": config, "flags": ckpt["flags"], "eos": tokenizer.eot_token,
+           "denoiser": build_denoiser(config, ckpt["ema"], device, args.bf16).requires_grad_(False)}
+    if guided:
+        net |= {"discriminator": build_discriminator(net["denoiser"], ckpt), "positions": ckpt["flags"]["positions"]}
     return net
 
 
@@ -155,14 +154,18 @@ def never_end_at(gap, denoiser, eos):
 
 
 def write(net, z, args, on_step=None, name=None):
-    """Fill the masks of z (N, L) as args say: x (N, L) on the CPU, and {"nfe", "disc_calls": means per sequence, "seq_per_s"}."""
-    mask_id, parts = net["config"].mask_id, []
+    """Fill the masks of z (N, L) as args say: x (N, L) on the CPU, and {"nfe", "disc_calls": means per sequence, "seq_per_s"}.
+
+    args.sampler is ancestral, rgas, or autoregressive, which takes nothing from z but N.
+    """
+    mask_id, parts, T = net["config"].mask_id, [], args.temperature
 
     def run(z, steps):
         if args.sampler == "rgas":
             return didi.guided_sample(net["denoiser"], net["discriminator"], z, steps, mask_id, net["positions"],
-                                      args.guidance, args.candidates, args.switch, args.temperature)
-        x, nfe = didi.sample(net["denoiser"], z, steps, mask_id, args.temperature, on_step)
+                                      args.guidance, args.candidates, args.switch, T)
+        x, nfe = (autoregress(net["denoiser"], len(z), net["eos"], T, on_step) if args.sampler == "autoregressive" else
+                  didi.sample(net["denoiser"], z, steps, mask_id, T, on_step))
         return x, nfe, torch.zeros_like(nfe)
     if not on_step:  # warm-up, not timed: the first calls set up threads and kernels
         run(z[:2].to(net["device"]), 4)
@@ -202,6 +205,8 @@ def watcher(args, mask_id, tokenizer):
 def print_samples(args, device, tokenizer):
     """Load one model, write --num texts and print them below a line that says how."""
     net = load_net(args.model, args, tokenizer, device)
+    if args.sampler == "rgas" and "discriminator" not in net:
+        raise ValueError(f"{args.student} was made by --objective sdtt and has no discriminator: use --sampler ancestral")
     z, gap = given_tokens(args, net["config"], tokenizer)
     net["denoiser"] = never_end_at(gap, net["denoiser"], tokenizer.eot_token)
     x, cost = write(net, z.repeat(args.num, 1), args, watcher(args, net["config"].mask_id, tokenizer) if args.watch else None)
@@ -214,90 +219,262 @@ def print_samples(args, device, tokenizer):
 
 
 # -------------------------------------------------------------------------------------------------------------- evaluation
+def make_judge(args, nets, tokenizer):
+    """Generative perplexity as a function of texts x (B, L), per token up to and including the first end-of-sequence; or None.
+
+    The judge is the causal model or, with --judge, a GPT-2 of the package transformers, which reads the decoded texts.
+    """
+    if args.judge is None:
+        if "autoregressive" not in nets:
+            return None
+        net = nets["autoregressive"]
+
+        def nll(x):
+            return causal_nll(net["denoiser"], x), until_end(x, net["eos"])
+    else:
+        try:
+            from transformers import GPT2LMHeadModel
+            gpt2, model = tiktoken.get_encoding("gpt2"), GPT2LMHeadModel.from_pretrained(args.judge)
+        except ImportError:
+            raise ValueError("--judge needs the package transformers, which is optional: pip install transformers") from None
+        except Exception as e:  # no such folder, no network, a damaged file: each library raises its own
+            raise ValueError(f"--judge {args.judge!r} cannot be loaded ({type(e).__name__}): name a folder with a GPT-2 in it") from None
+        end = gpt2.eot_token
+
+        def nll(x):
+            ids = [torch.tensor([end, *gpt2.encode_ordinary(text), end]) for text in decode(x, tokenizer)]
+            ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=end)  # (B, at most GPT-2's 1024)
+            logits = model(ids[:, :-1]).logits.float()
+            return torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none"), until_end(ids[:, 1:], end)
+
+    @torch.no_grad()
+    def perplexity(x):
+        parts = [nll(part) for part in x.split(args.batch)]
+        return math.exp(sum((n * m).sum().item() for n, m in parts) / sum(m.sum().item() for _, m in parts))
+    return perplexity
+
+
 def table_line(row):
     """One row of the table as aligned text, "-" where row has no such column."""
-    cells = {k: v if isinstance(v, str) else f"{v:.3f}" if isinstance(v, float) else str(v) for k, v in row.items()}
+    cells = {k: v if isinstance(v, str) else f"{v:.3f}" if isinstance(v, float) else str(v) for k, v in row.items() if v is not None}
     return f"{cells['row']:<16}" + "".join(f" {cells.get(k, '-'):>{max(len(k), 6)}}" for k in COLUMNS[1:])
 
 
-def equal_entropy(rows):
-    """The teacher at the temperature that gives the student's entropy, both at 8 steps: (dict, a line that says it).
+def at_entropy(rows, name, steps, entropy, column="valid"):
+    """`column` of model `name` at the temperature that gives this unigram entropy: linear between temperatures, NaN outside them.
 
-    Linear between neighbouring temperatures; outside the sweep, the nearest. At unequal entropy the lower one looks too good.
+    At unequal entropy the lower one looks too good: a model need only become less diverse.
     """
-    student = next(r for r in rows if r["row"] == "student" and r["steps"] == 8)
-    sweep = [r for r in rows if r["row"].startswith("teacher") and r["steps"] == 8]  # T = 1, .9, .8, .7: falling entropy
-    e = student["entropy"]
-    pair = next((p for p in zip(sweep, sweep[1:]) if p[1]["entropy"] <= e <= p[0]["entropy"]), None)
-    a, b = pair or [min(sweep, key=lambda r: abs(r["entropy"] - e))] * 2
-    share = (a["entropy"] - e) / ((a["entropy"] - b["entropy"]) or 1)
-    at = {k: a[k] + share * (b[k] - a[k]) for k in ("valid", "entropy", "temperature")}
-    how = "at equal entropy, by linear interpolation" if pair else "student entropy outside the swept range: compared with the nearest"
-    return at | {"interpolated": bool(pair)}, (
-        f"8 steps: student valid {student['valid']:.3f} +- {student['valid_se']:.3f}, entropy {e:.3f}; teacher valid {at['valid']:.3f}, "
-        f"entropy {at['entropy']:.3f} at T = {at['temperature']:.2f} ({how})")
+    points = sorted((r["entropy"], r[column]) for r in rows if (r["row"], r.get("steps")) == (name, steps) and column in r)
+    return float(np.interp(entropy, *zip(*points), left=math.nan, right=math.nan)) if points else math.nan
+
+
+def steps_to_match(rows, entropy, column="valid"):
+    """Steps that the teacher needs for the student's quality in 8, both at this entropy (linear in log steps); inf if 256 don't do."""
+    sign, goal, before = {"valid": 1, "judge_ppl": -1}[column], at_entropy(rows, "student", 8, entropy, column), None
+    for n in SWEEP["teacher"]:
+        value = at_entropy(rows, "teacher", n, entropy, column)
+        if sign * value >= sign * goal:
+            share = (goal - before[1]) / (value - before[1]) if before else 1
+            return 2 ** ((1 - share) * math.log2(before[0] if before else n) + share * math.log2(n))
+        before = (n, value) if value == value else before
+    return math.inf if goal == goal else math.nan
+
+
+def table_plan(args, nets):
+    """(model, steps, T, sampler) of each row of the table, for the models there are."""
+    if args.sweep:
+        plan = [(name, n, T, "ancestral") for name, steps in SWEEP.items() for n in steps for T in TEMPERATURES]
+    else:
+        plan = [("teacher", n, 1.0, "ancestral") for n in (4, 8, 16, 64, 256)] + [("teacher", 8, T, "ancestral") for T in (0.9, 0.8, 0.7)]
+        plan += [("student", n, 1.0, "ancestral") for n in (4, 8, 16)] + [("autoregressive", None, 1.0, "")]
+    plan = [(name, n, T, "autoregressive" if n is None else sampler) for name, n, T, sampler in plan]
+    if "discriminator" in nets.get("student", ()):
+        plan += [("student, guided", n, 1.0, "rgas") for n in ((4, 8, 16, 32) if args.sweep else (8,))]
+    return [row for row in plan if row[0].split(",")[0] in nets]
+
+
+def load_all(args, tokenizer, device, kinds):
+    """{kind: net} for a comparison; "autoregressive" among them if its checkpoint exists. ValueError if they don't fit together."""
+    nets = {kind: load_net(kind, args, tokenizer, device) for kind in kinds}
+    if os.path.isfile(args.causal):
+        nets["autoregressive"] = load_net("causal", args, tokenizer, device)
+    if len({(net["config"].vocab_size, net["config"].length) for net in nets.values()}) > 1:
+        raise ValueError("the checkpoints differ in vocabulary or length: make them all from one teacher's data and flags")
+    return nets
 
 
 def evaluate(args, device, tokenizer):
     """Measure and print the table row by row, then the comparison at equal entropy; with --json write it all to a file."""
     if args.rows != "teacher" and not os.path.isfile(args.student):
         raise ValueError(f"no student at {args.student}: make it with `python distill.py`, or add --rows teacher")
-    kinds = ("teacher", "student") if args.rows == "all" else (args.rows,)
-    nets, rows = {kind: load_net(kind, args, tokenizer, device) for kind in kinds}, []
-    config = nets[kinds[0]]["config"]
-    if config != nets[kinds[-1]]["config"]:
-        raise ValueError(f"{args.student} and {args.teacher} differ in shape: distil the student from this teacher")
+    nets, rows = load_all(args, tokenizer, device, ("teacher", "student") if args.rows == "all" else (args.rows,)), []
+    config, judge = next(iter(nets.values()))["config"], make_judge(args, nets, tokenizer)
+    if args.rows != "all":
+        nets.pop("autoregressive", None)
     data = load_data(config.length, tokenizer)
 
     def add(x, **row):
-        row |= quality(x, tokenizer, data["known"]) | {"samples": len(x)}
+        row |= quality(x, tokenizer, data["known"]) | {"samples": len(x)} | ({"judge_ppl": judge(x)} if judge else {})
         rows.append(row | {"valid_se": math.sqrt(row["valid"] * (1 - row["valid"]) / len(x))})
         print(table_line(rows[-1]), flush=True)
-    print("nfe, disc_calls: denoiser and discriminator calls per sequence; valid_se: standard error of valid; entropy in nats")
+    print("nfe, disc_calls: network calls per sequence; valid_se: standard error of valid; judge_ppl: perplexity under "
+          f"{args.judge or 'the causal model'}{'' if judge else ' (there is none: python train_teacher.py --causal)'}; entropy in nats")
     print(table_line({k: k for k in COLUMNS}))
     torch.manual_seed(args.seed)
     add(data["val"][torch.randperm(len(data["val"]))[:args.eval_samples]], row="held-out data")
-    plan = [("teacher", n, 1.0, "ancestral") for n in (4, 8, 16, 64, 256)]
-    plan += [(f"teacher, T = {T}", 8, T, "ancestral") for T in (0.9, 0.8, 0.7)]
-    plan += [("student", n, 1.0, "ancestral") for n in (4, 8, 16)] + [("student, guided", 8, 1.0, "rgas")]
-    plan = [row for row in plan if row[0][:7] in nets]
-    z = torch.full((args.eval_samples, config.length), config.mask_id)
+    z, plan = torch.full((args.eval_samples, config.length), config.mask_id), table_plan(args, nets)
     for k, (name, steps, T, sampler) in enumerate(plan):
         how = {"steps": steps, "temperature": T, "sampler": sampler}
-        x, cost = write(nets[name[:7]], z, argparse.Namespace(**vars(args) | how), name=f"row {k + 1} of {len(plan)}: {name}")
-        add(x, row=name, **how, **cost)
-    matched, line = equal_entropy(rows) if args.rows == "all" else (None, f"--rows {args.rows}: nothing to compare with.")
-    print(line)
+        net = nets[name.split(",")[0]]
+        x, cost = write(net, z, argparse.Namespace(**vars(args) | how), name=f"row {k + 1} of {len(plan)}: {name}")
+        add(x, row=name, T=T, **how, **cost)
+    held, student = rows[0]["entropy"], next((r for r in rows if (r["row"], r.get("steps"), r.get("T")) == ("student", 8, 1.0)), None)
+    if args.rows == "all":
+        print(f"8 steps: student valid {student['valid']:.3f} +- {student['valid_se']:.3f}, entropy {student['entropy']:.3f}; teacher at that "
+              f"entropy: valid {at_entropy(rows, 'teacher', 8, student['entropy']):.3f} (nan: outside the temperatures measured)")
+    if args.rows == "all" and args.sweep:
+        print(f"at held-out entropy {held:.3f} the teacher needs {steps_to_match(rows, held):.0f} steps to be as valid as the student in 8")
+    save_run(args, {"rows": rows, "training": {kind: net["flags"] for kind, net in nets.items()}}, device,
+             next(reversed(list(nets[k]["flags"]["seed"] for k in nets if k != "autoregressive"))))
+
+
+def save_run(args, run, device, seed):
+    """With --json: add a run to the file, under --label and seed, with the hardware and flags it came from."""
     if args.json is not None:
         hardware = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type, "cpu": platform.machine(),
-                    "cpu_count": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+                    "cpu_count": os.cpu_count(), "threads": torch.get_num_threads(), "bf16": args.bf16, "torch": torch.__version__}
         results = read_json(args.json)
-        results.setdefault(args.label, {})[str(nets[kinds[-1]]["flags"]["seed"])] = {
-            "rows": rows, "equal_entropy": matched, "hardware": hardware, "flags": vars(args),
-            "training": {kind: net["flags"] for kind, net in nets.items()}}
+        results.setdefault(args.label, {})[str(seed)] = run | {"hardware": hardware, "flags": vars(args)}
         write_json(args.json, results)
 
 
 def print_table(path):
-    """Mean +- standard deviation over seeds of every row of a results file, as Markdown."""
-    shown = ("nfe", "disc_calls", "valid", "distinct", "novel", "length", "entropy")
-    print("| run | row | steps | " + " | ".join(shown) + " |\n|" + "---|" * (len(shown) + 3))
-    for label, seeds in read_json(path).items():
+    """Mean +- standard deviation over seeds of the rows of a results file; then, where a sweep was made, at held-out entropy."""
+    results, shown = read_json(path), {"nfe": 1, "disc_calls": 1, "valid": 3, "judge_ppl": 1, "distinct": 3, "novel": 3, "length": 1, "entropy": 3}
+    print("| run | row | steps | T | " + " | ".join(shown) + " |\n|" + "---|" * (len(shown) + 4))
+    for label, seeds in results.items():
+        sweep = any(run["flags"].get("sweep") for run in seeds.values())
         for rows in zip(*(run["rows"] for run in seeds.values())):
-            cells = []
-            for name in shown:
-                values = torch.tensor([row[name] for row in rows if name in row], dtype=torch.double)
-                digits = {"length": 1, "nfe": 1, "disc_calls": 1}.get(name, 3)
-                spread = f" +- {values.std():.{digits}f}" if len(values) > 1 and name in ("valid", "length", "entropy") else ""
-                cells.append(f"{values.mean():.{digits}f}{spread}" if len(values) else "")
-            print(f"| {label} ({len(seeds)} seeds) | {rows[0]['row']} | {rows[0].get('steps', '')} | " + " | ".join(cells) + " |")
+            first = rows[0]
+            if not sweep or first.get("T", 1) == 1 or (first["row"], first["steps"]) == ("teacher", 8):
+                cells = [spread([row.get(name) for row in rows], digits) for name, digits in shown.items()]
+                print(f"| {label} ({len(seeds)} seeds) | {first['row']} | {first.get('steps') or ''} | {first.get('T', '')} | {' | '.join(cells)} |")
+    swept = {label: [run["rows"] for run in seeds.values()] for label, seeds in results.items()
+             if all(run["flags"].get("sweep") for run in seeds.values())}
+    if swept:
+        print("\nAt the entropy of held-out data:\n\n| run | model | steps | valid | judge_ppl | length |\n|---|---|---|---|---|---|")
+    for label, seeds in swept.items():
+        for name, n in dict.fromkeys((r["row"], r["steps"]) for r in seeds[0][1:] if "guided" not in r["row"]):
+            cells = [spread([at_entropy(rows, name, n, rows[0]["entropy"], c) for rows in seeds], d) for c, d in (("valid", 3), ("judge_ppl", 1), ("length", 1))]
+            print(f"| {label} | {name} | {n or ''} | {' | '.join(cells)} |")
+        for column in ("valid", "judge_ppl"):
+            need = [steps_to_match(rows, rows[0]["entropy"], column) for rows in seeds]
+            if need[0] == need[0]:
+                print(f"\n{label}: for the student's {column} in 8 steps the teacher needs, by seed, {', '.join(f'{n:.0f}' for n in need)} steps "
+                      "(inf: more than 256)")
+    return swept
+
+
+def bench(args, device, tokenizer):
+    """Time each model writing one sequence at a time and --batch at a time; tokens count up to and including end-of-sequence."""
+    nets, rows = load_all(args, tokenizer, device, ("teacher", "student")), []
+    plan = [("teacher", 256), ("teacher", 1024), ("student", 8), ("student", 16), ("student, guided", 8), ("autoregressive", None)]
+    print("latency: seconds until a batch is written; peak_mib: memory on top of what was in use before, MiB (nan: cannot be told here)")
+    print("".join(f"{name:>16}" for name in ("row", "steps", "batch", "nfe", "disc_calls", "tokens_per_s", "latency", "peak_mib")))
+    for (name, steps), batch in itertools.product(plan, (1, args.batch)):
+        net = nets.get(name.split(",")[0])
+        if not net or ("guided" in name and "discriminator" not in net):
+            continue
+        sampler = "autoregressive" if steps is None else "rgas" if "guided" in name else "ancestral"
+        how = argparse.Namespace(**vars(args) | {"steps": steps, "sampler": sampler, "batch": batch, "temperature": 1.0})
+        z = torch.full((max(batch, 20), net["config"].length), net["config"].mask_id)
+        reset_peak_memory(device)
+        x, cost = write(net, z, how, name=name)
+        rows.append({"row": name, "steps": steps, "batch": batch, "nfe": cost["nfe"], "disc_calls": cost["disc_calls"],
+                     "tokens_per_s": cost["seq_per_s"] * until_end(x, net["eos"]).float().sum(1).mean().item(),
+                     "latency": batch / cost["seq_per_s"], "peak_mib": peak_memory(device)})
+        print("".join(f"{v if isinstance(v, str) else '-' if v is None else format(v, '.4g'):>16}" for v in rows[-1].values()), flush=True)
+    save_run(args, {"rows": rows}, device, nets["student"]["flags"]["seed"])
+
+
+# ---------------------------------------------------------------------------------------------------------------- pictures
+def pyplot():
+    """matplotlib without a screen. ValueError if it isn't installed: nothing else needs it."""
+    try:
+        import matplotlib.animation
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+        return matplotlib, plt
+    except ImportError:
+        raise ValueError("pictures need the package matplotlib, which is optional: pip install matplotlib") from None
+
+
+def plot(swept, path):
+    """Validity and judge perplexity against entropy, each line one model and number of steps at several temperatures; mean of seeds."""
+    _, plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    lines = [("default", "teacher", n, "C0", style) for n, style in ((8, ":"), (32, "--"), (256, "-"))]
+    lines += [("default", "student", 4, "C3", ":"), ("default", "student", 8, "C3", "-"), ("sdtt", "student", 8, "C1", "-"), ("default", "autoregressive", None, "k", "-")]
+    for ax, column, label in zip(axes, ("valid", "judge_ppl"), ("valid, share of samples", "perplexity under the causal model, per token")):
+        for run, name, steps, color, style in lines:
+            rows = [[r for r in rows if (r["row"], r.get("steps")) == (name, steps) and column in r] for rows in swept.get(run, [])]
+            if rows and rows[0]:
+                points = np.mean([[(r["entropy"], r[column]) for r in seed] for seed in rows], 0)  # (temperatures, 2)
+                text = f"{'SDTT student' if run == 'sdtt' else name}{f', {steps} steps' if steps else ''}"
+                ax.plot(*points.T, style, color=color, marker=".", label=text)
+        held = [rows[0] for rows in swept.get("default", []) if column in rows[0]]
+        if held:
+            ax.plot(np.mean([r["entropy"] for r in held]), np.mean([r[column] for r in held]), "g*", markersize=12, label="held-out data")
+        ax.set(xlabel="unigram entropy within a sample, nats", ylabel=label, yscale="log" if column == "judge_ppl" else "linear")
+        ax.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    print(f"wrote {path}")
+
+
+def animate(args, device, tokenizer, lines=10, seconds=12, fps=10):
+    """A GIF of three models writing the same number of lines, each batch in its real time, all slowed down by one factor."""
+    matplotlib, plt = pyplot()
+    nets, panels = load_all(args, tokenizer, device, ("teacher", "student")), []
+    for name, steps, sampler in (("autoregressive", None, "autoregressive"), ("teacher", 256, "ancestral"), ("student", 8, "ancestral")):
+        if name not in nets:
+            raise ValueError(f"no checkpoint at {args.causal}: make it with `python train_teacher.py --causal`")
+        how = argparse.Namespace(**vars(args) | {"steps": steps, "sampler": sampler, "temperature": 1.0})
+        z, frames = torch.full((lines, nets[name]["config"].length), nets[name]["config"].mask_id), []
+        write(nets[name], z, how)  # warm-up
+        begin = time.perf_counter()
+        _, cost = write(nets[name], z, how, on_step=lambda z: frames.append((time.perf_counter() - begin, z.tolist())))
+        panels.append((f"{name}{f', {steps} steps' if steps else ''}", cost["nfe"], frames))
+    slow = seconds / max(frames[-1][0] for _, _, frames in panels)
+    figure, axes = plt.subplots(1, 3, figsize=(12, 2.6), layout="constrained")
+
+    def text(ids, mask_id):
+        return "".join("\u00b7" if i == mask_id else printable(tokenizer.decode([i]))
+                       for i in itertools.takewhile(lambda i: i != tokenizer.eot_token, ids))
+
+    def draw(k):
+        for ax, (title, nfe, frames) in zip(axes, panels):
+            now = min(k / fps / slow, frames[-1][0])
+            seen = [z for when, z in frames if when <= now]
+            ax.clear()
+            ax.set_axis_off()
+            ax.set_title(f"{title}: {1e3 * now:.0f} ms" + (f", {nfe:.0f} network calls" if now == frames[-1][0] else ""), fontsize=9)
+            for i, ids in enumerate(seen[-1] if seen else ()):
+                ax.text(0, 1 - (i + 1) / lines, text(ids, nets["teacher"]["config"].mask_id), family="monospace", fontsize=6, parse_math=False)
+        figure.suptitle(f"{lines} lines at once, slowed down {slow:.0f} times", fontsize=9)
+    matplotlib.animation.FuncAnimation(figure, draw, frames=(seconds + 2) * fps).save(args.animate, writer="pillow", fps=fps, dpi=80)
+    print(f"wrote {args.animate}")
 
 
 def main(argv=None):
     args, device = parse_flags(argv)
     if args.table:
-        return print_table(args.table)
-    (evaluate if args.eval else print_samples)(args, device, make_tokenizer())
+        swept = print_table(args.table)
+        if args.plot:
+            plot(swept, args.plot)
+    else:
+        (evaluate if args.eval else bench if args.bench else animate if args.animate else print_samples)(args, device, make_tokenizer())
 
 
 if __name__ == "__main__":

@@ -6,10 +6,12 @@ wide enough that a fresh seed would fail a correct program less than once in 10^
 The two tests of an effect (the whole loop, guidance) ask for well less than what was seen with a dozen other seeds.
 """
 import collections
+import importlib.util
 import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -233,6 +235,26 @@ def test_nfe_counts_real_calls_and_what_is_visible_stays(steps):
     assert torch.equal(z, states[0])  # the caller's own tensor is left alone
 
 
+def usual_sample(denoiser, z, steps, mask_id, until=None):
+    """The usual sampler, an independent reference: head at every position, in each step one categorical over V + 1 outcomes in
+    float64, and one more call at the end for what is still masked. `until` stops after so many steps, for timing."""
+    for k in range(until or steps):
+        t, s = 1 - k / steps, 1 - (k + 1) / steps
+        p_x = denoiser(z).double().softmax(-1)  # (B, L, V)
+        p = torch.cat((p_x * ((t - s) / t), torch.full_like(p_x[..., :1], s / t)), -1)  # the last outcome: stay masked
+        z = torch.where(z == mask_id, (p / torch.empty_like(p).exponential_()).argmax(-1), z)
+    return torch.where(z == mask_id, denoiser(z).argmax(-1), z)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_the_usual_sampler_draws_from_the_same_law(steps):
+    torch.manual_seed(0)
+    table = torch.randn(64, 3, 3)
+    law = chain(table, [1 - k / steps for k in range(steps + 1)])
+    check_law(index(usual_sample(lookup(table), masks(20000, 3), steps, MASK)), law)
+    check_law(index(didi.sample(lookup(table), masks(20000, 3), steps, MASK)[0]), law)
+
+
 def test_less_than_one_step_is_refused():
     for call in (lambda: didi.sample(None, masks(1, 2), 0, MASK), lambda: didi.guided_sample(None, None, masks(1, 2), 0, MASK, "all")):
         with pytest.raises(ValueError, match="steps"):
@@ -376,6 +398,40 @@ def test_terms_of_the_student_step():
     log_prob, A = torch.tensor([-1.0, -2.0], requires_grad=True), torch.tensor([1.0, -3.0], requires_grad=True)
     didi.policy_loss(log_prob, A, torch.tensor([2.0, 1.0]), L=4).backward()
     assert log_prob.grad.tolist() == [-2 / 8, 3 / 8] and A.grad is None
+
+
+# -------------------------------------------------------------------------------------------- self-distillation through time
+def test_sdtt_target_comes_from_the_step_that_reveals():
+    """Every possible (target of position 0, target of position 1) with its probability, for z_t = two masks."""
+    torch.manual_seed(0)
+    table, n, t, dt = torch.randn(16, 2, 3), 40000, 0.8, 0.5
+    z, log_p = masks(n, 2), table.log_softmax(-1)
+    target = didi.sdtt_target(lookup(table), z, torch.full((n,), t), dt, MASK).view(n, 2, 3)
+    first = denoising(table, t, t - dt / 2)[index(masks(1, 2))[0]]  # law of the state after the first of the two steps, (S,)
+    possible = torch.where((Z[2] == MASK)[..., None], log_p, log_p[-1]).flatten(1)  # masked still: from there, else from the start
+    kinds, kind = torch.unique(possible, dim=0, return_inverse=True)
+    law = torch.zeros(len(kinds)).index_add(0, kind, first)
+    near = torch.cdist(target.flatten(1), kinds, compute_mode="donot_use_mm_for_euclid_dist")
+    assert near.min(1).values.max() < 1e-4 and len(kinds) == 7  # neither, either or both revealed by the first step: 1 + 3 + 3, both as neither
+    check_law(near.argmin(1), law)
+    some = torch.tensor([[MASK, 1], [0, 2]])
+    assert torch.allclose(didi.sdtt_target(lookup(table), some, torch.ones(2), 1.0, MASK), log_p[index(some[:1])][0, :1])
+
+
+def test_sdtt_brings_one_step_of_the_student_near_two_of_the_teacher():
+    """KL in the least: in one step positions are independent, so the best student has the marginals of the two-step law."""
+    torch.manual_seed(0)
+    teacher = exact_table(stutter(2), 2)
+    two_steps = chain(teacher, [1.0, 0.5, 0.0])
+    goal = torch.stack([two_steps @ F.one_hot(Z[2][:, i], V + 1).float() for i in range(2)])[:, :V]  # (L, V) marginals
+    student = torch.randn(16, 2, 3).requires_grad_()
+    optimizer, z = torch.optim.Adam([student], 0.05), masks(512, 2)
+    for _ in range(200):
+        target = didi.sdtt_target(lookup(teacher), z, torch.ones(512), 1.0, MASK)
+        optimizer.zero_grad()
+        didi.kl_to_teacher(didi.predict(lookup(student), z, z == MASK), target, "forward").mean().backward()
+        optimizer.step()
+    assert (student[-1].softmax(-1) - goal).abs().max() < 0.03
 
 
 # ------------------------------------------------------------------------------------------------- the whole loop, and the sign
@@ -537,6 +593,57 @@ def test_soft_tokens_that_are_one_hot_are_tokens():
         assert torch.allclose(D.soft(z, where, probs).float(), soft, atol=0.1)
 
 
+def test_bfloat16_is_near_float32():
+    torch.manual_seed(0)
+    net, z = model.Denoiser(CONFIG), torch.randint(0, 8, (4, 5))
+    exact, trunk = net(z), net.trunk(z)
+    net.bf16 = True
+    assert net(z).dtype == torch.bfloat16 and net.trunk(z).dtype == torch.float32
+    assert torch.allclose(net(z).float(), exact, atol=0.05) and 0 < (net.trunk(z) - trunk).abs().max() < 0.1
+
+
+@pytest.fixture
+def causal():
+    torch.manual_seed(0)
+    net = model.Denoiser(model.Config(vocab_size=3, length=3, n_layer=2, n_head=2, n_embd=8, causal=True)).eval().requires_grad_(False)
+    for p in net.parameters():
+        p.mul_(2)  # far from uniform
+    return net
+
+
+def test_a_causal_model_sees_the_past_alone_and_its_cache_changes_nothing(causal):
+    x = torch.randint(0, 3, (5, 3))
+    z, cache = torch.cat((torch.full((5, 1), 3), x[:, :-1]), 1), causal.new_cache(5)
+    step_by_step = torch.stack([causal.head(causal.trunk_next(z[:, i], i, cache)) for i in range(3)], 1)
+    assert torch.allclose(step_by_step, causal(z), atol=1e-5)
+    nll = -step_by_step.log_softmax(-1).gather(2, x[..., None])[..., 0]
+    assert torch.allclose(train_teacher.causal_nll(causal, x), nll, atol=1e-5)
+    for i in range(3):
+        other = x.clone()
+        other[:, i] = (x[:, i] + 1) % 3
+        moved = (train_teacher.causal_nll(causal, other) - nll).abs().amax(0) > 1e-6
+        assert not moved[:i].any() and moved[i] and moved[i + 1:].all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_the_autoregressive_sampler_draws_from_the_models_law(causal, temperature):
+    torch.manual_seed(0)
+    eos, texts, n = 2, torch.cartesian_prod(*[torch.arange(3)] * 3), 20000
+    sharper = lambda z: causal(z) / temperature  # noqa: E731
+    sharper.config = causal.config
+    until = train_teacher.until_end(texts, eos)
+    ends = (texts == torch.where(until, texts, eos)).all(1)  # nothing but eos behind the first eos
+    law = torch.where(ends, (-train_teacher.causal_nll(sharper, texts) * until).sum(1).exp(), 0.0)
+    assert torch.isclose(law.sum(), torch.tensor(1.0), atol=1e-4)
+    x, nfe = train_teacher.autoregress(causal, n, eos, temperature)
+    check_law((x * torch.tensor([9, 3, 1])).sum(1), law)
+    assert torch.equal(nfe, train_teacher.until_end(x, eos).sum(1))
+
+
+def test_until_end():
+    assert train_teacher.until_end(torch.tensor([[1, 2, 1, 2], [2, 2, 2, 2], [0, 1, 1, 0]]), 2).int().tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [1] * 4]
+
+
 # ---------------------------------------------------------------------------------------------------------------- checkpoints
 def save(path, **parts):
     net = model.Denoiser(CONFIG)
@@ -690,7 +797,7 @@ def test_resume_is_the_uninterrupted_run_bit_for_bit(tiny, monkeypatch, stop_aft
 
 @pytest.mark.parametrize("flags", [["--paper", "--groups", "2", "--reference", "data"], ["--no-ism"], ["--no-group_norm"], ["--kl", "0"], ["--K", "3"],
                                    ["--share", "level"], ["--start", "mask"], ["--positions", "masked"], ["--coupled"], ["--w", "--pi"],
-                                   ["--entropy", ".1"], ["--kl_kind", "jeffreys"], ["--kl_kind", "forward"], ["--beta", "2", "2"]])
+                                   ["--objective", "sdtt"], ["--entropy", ".1"], ["--kl_kind", "jeffreys"], ["--kl_kind", "forward"], ["--beta", "2", "2"]])
 def test_every_switch_of_distill_changes_the_student(tiny, flags):
     def run(flags, out):
         assert not distill.main(TINY_DISTILL + flags + ["--out", out])
@@ -758,7 +865,7 @@ def test_evaluation_table_and_file(tiny, capsys):
     out, result = capsys.readouterr().out, json.load(open("table.json"))["default"]["0"]
     names = [r["row"] for r in result["rows"]]
     assert names[0] == "held-out data" and result["rows"][0]["valid"] == 1 and len(names) == 13
-    assert [r["steps"] for r in result["rows"] if r["row"] == "teacher"] == [4, 8, 16, 64, 256]
+    assert [(r["steps"], r["T"]) for r in result["rows"] if r["row"] == "teacher"] == [(n, 1) for n in (4, 8, 16, 64, 256)] + [(8, T) for T in (0.9, 0.8, 0.7)]
     assert all(r["nfe"] <= min(r["steps"], 24) for r in result["rows"][1:]) and names[-1] == "student, guided"
     assert result["rows"][-1]["disc_calls"] > 8 and all(name in out for name in names) and os.listdir(".").count("table.json.partial") == 0
     content = json.load(open("table.json"))
@@ -772,6 +879,119 @@ def test_evaluation_table_and_file(tiny, capsys):
     assert not sample.main(["--table", "table.json"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + 13 + 5 and all("0.500 +- 0.354" in line for line in lines[2:15]) and "other (1 seeds)" in lines[-1]
+
+
+def test_equal_entropy_by_hand():
+    def row(name, steps, entropy, valid):
+        return {"row": name, "steps": steps, "entropy": entropy, "valid": valid}
+    rows = [row("held-out data", None, 2.0, 1.0)] + [row("student", 8, e, v) for e, v in ((1.5, 0.9), (2.5, 0.5))]  # at 2.0: .7
+    assert sample.at_entropy(rows, "student", 8, 2.0) == pytest.approx(0.7)
+    assert all(v != v for v in (sample.at_entropy(rows, "student", 8, 2.6), sample.at_entropy(rows, "student", 4, 2.0)))
+    teacher = {4: 0.2, 8: 0.3, 16: 0.5, 32: 0.6, 64: 0.8, 256: 0.9}
+    rows += [row("teacher", n, e, v + d) for n, v in teacher.items() for e, d in ((2.2, -0.1), (1.8, 0.1))]
+    assert sample.steps_to_match(rows, 2.0) == pytest.approx(2 ** 5.5)  # half-way between .6 at 32 and .8 at 64
+    better = [r | {"valid": r["valid"] + 0.25} if r["row"] == "student" else r for r in rows]
+    assert sample.steps_to_match(better, 2.0) == float("inf")
+    worse = [r | {"valid": r["valid"] - 0.6} if r["row"] == "student" else r for r in rows]
+    assert sample.steps_to_match(worse, 2.0) == 4
+
+
+def test_sweep_judge_pictures_and_bench(tiny, capsys):
+    """The autoregressive model as a baseline and as the judge, the table at equal entropy, and what is drawn from it."""
+    train_teacher.main(TINY)
+    distill.main(TINY_DISTILL)
+    train_teacher.main(TINY + ["--causal"])
+    distill.main(TINY_DISTILL + ["--objective", "sdtt", "--steps", "4", "--disc_warmup", "0", "--out", "out/sdtt.pt"])
+    few = ["--eval", "--sweep", "--eval_samples", "3", "--json", "r.json"]
+    assert not sample.main(few)
+    assert not sample.main(few + ["--rows", "student", "--student", "out/sdtt.pt", "--label", "sdtt"])
+    results, out = json.load(open("r.json")), capsys.readouterr().out
+    rows = results["default"]["0"]["rows"]
+    counts = collections.Counter(r["row"] for r in rows)
+    assert counts == {"held-out data": 1, "teacher": 36, "student": 24, "student, guided": 4, "autoregressive": 6}
+    assert all(r["judge_ppl"] > 1 for r in rows) and "the teacher needs" in out
+    ar = [r for r in rows if r["row"] == "autoregressive"][0]
+    assert ar["steps"] is None and ar["disc_calls"] == 0 and 1 <= ar["nfe"] <= 24
+    assert {r["row"] for r in results["sdtt"]["0"]["rows"]} == {"held-out data", "student"}  # no discriminator, so no guidance
+    ckpt, config = model.load_checkpoint("out/causal.pt", "causal")  # the judge's perplexity, by hand
+    tokenizer = train_teacher.make_tokenizer()
+    torch.manual_seed(0)
+    val = train_teacher.load_data(24, tokenizer)["val"]
+    val = val[torch.randperm(len(val))[:3]]
+    keep = [[i for i in range(24) if 256 not in row[:i]] for row in val.tolist()]
+    log_p = model.build_denoiser(config, ckpt["ema"])(torch.cat((torch.full((3, 1), 257), val[:, :-1]), 1)).log_softmax(-1)
+    nll = [-log_p[b, i, val[b, i]].item() for b in range(3) for i in keep[b]]
+    assert rows[0]["judge_ppl"] == pytest.approx(torch.tensor(nll).mean().exp().item(), rel=0.02)  # bfloat16 here, float32 by hand
+    pictures = ["--plot", "p.png"] if importlib.util.find_spec("matplotlib") else []
+    assert not sample.main(["--table", "r.json"] + pictures)
+    table = capsys.readouterr().out
+    assert "At the entropy of held-out data" in table and (not pictures or os.path.getsize("p.png") > 5000)
+    assert not sample.main(["--bench", "--batch", "3", "--json", "b.json"])
+    bench = json.load(open("b.json"))["default"]["0"]["rows"]
+    assert [(r["row"], r["steps"], r["batch"]) for r in bench[:3]] == [("teacher", 256, 1), ("teacher", 256, 3), ("teacher", 1024, 1)]
+    assert len(bench) == 12 and all(r["tokens_per_s"] > 0 and r["latency"] > 0 and r["nfe"] <= 24 for r in bench)
+    refused(sample.main, ["--model", "student", "--student", "out/sdtt.pt", "--sampler", "rgas"], capsys, "discriminator")
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="needs matplotlib")
+def test_animation(tiny, monkeypatch):
+    train_teacher.main(TINY)
+    distill.main(TINY_DISTILL)
+    train_teacher.main(TINY + ["--causal"])
+    monkeypatch.setattr(sample.animate, "__defaults__", (2, 1, 2))  # two lines, one second, two frames a second
+    assert not sample.main(["--animate", "a.gif"])
+    assert open("a.gif", "rb").read(6) in (b"GIF89a", b"GIF87a")
+
+
+def test_pictures_without_matplotlib_say_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ValueError, match="pip install matplotlib"):
+        sample.pyplot()
+
+
+def test_gpt2_as_the_judge(tiny, monkeypatch, capsys):
+    """A random GPT-2 saved to a folder; bytes stand in for its tokens, which would have to be downloaded."""
+    train_teacher.main(TINY)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    refused(sample.main, ["--eval", "--rows", "teacher", "--judge", "x", "--eval_samples", "2"], capsys, "pip install transformers")
+    monkeypatch.undo()
+    monkeypatch.chdir(tiny)
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(sample.tiktoken, "get_encoding", lambda name: train_teacher.make_tokenizer())
+    monkeypatch.setattr(train_teacher, "find_signatures", lambda length: LINES)
+    refused(sample.main, ["--eval", "--rows", "teacher", "--judge", "no/such/folder", "--eval_samples", "2"], capsys, "no/such/folder")
+    torch.manual_seed(0)
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=257, n_positions=64, n_embd=16, n_layer=1, n_head=2)).eval()
+    gpt2.save_pretrained("gpt2")
+    args, device = sample.parse_flags(["--eval", "--judge", "gpt2"])
+    tokenizer, texts = train_teacher.make_tokenizer(), ["def f(x):", "def go():"]
+    judge = sample.make_judge(args, {}, tokenizer)
+    loss = [gpt2(ids, labels=ids).loss for ids in (torch.tensor([[256, *s.encode(), 256]]) for s in texts)]  # the package's own mean
+    by_hand = (sum(n * (len(s) + 1) for n, s in zip(loss, texts)) / sum(len(s) + 1 for s in texts)).exp()
+    assert judge(train_teacher.encode(texts, tokenizer, 24)) == pytest.approx(by_hand.item(), rel=1e-4)
+
+
+def test_ablation_resumes_and_prints_a_table(tiny, monkeypatch, capsys):
+    train_teacher.main(TINY + ["--out", "0.pt"])
+    for name in ("1.pt", "2.pt"):
+        shutil.copy("0.pt", name)
+    monkeypatch.setattr(distill, "CUMULATIVE", {"none": "--paper --no-ism --kl 0 --groups 2 --reference data", "+ ism": "--ism"})
+    monkeypatch.setattr(distill, "ONE_CHANGE", {"default": "", "default, guided sampler": ""})
+    monkeypatch.setattr(distill.ablate, "__defaults__", (4,))
+    trained, real = [], distill.main
+    monkeypatch.setattr(distill, "main", lambda argv: trained.append(argv) or real(argv))
+    flags = TINY_DISTILL + ["--teacher", "{seed}.pt", "--ablate", "a.json"]
+    assert not real(flags) and len(trained) == 9  # 4 labels x 3 seeds, but the guided sampler needs no run of its own
+    results = json.load(open("a.json"))
+    assert list(results) == ["none", "+ ism", "default", "default, guided sampler"]
+    assert [results["none"][s]["flags"]["ism"] for s in "012"] == [False] * 3 and results["+ ism"]["2"]["flags"]["ism"]
+    assert results["+ ism"]["1"]["flags"]["kl"] == 0 and "valid@32" in results["none"]["0"]
+    del results["default"]["1"]
+    json.dump(results, open("a.json", "w"))
+    assert not real(flags) and len(trained) == 10
+    assert len(json.load(open("a.json"))["default"]) == 3
+    table = capsys.readouterr().out
+    assert all(f"| {label} |" in table for label in results) and "+-" in table
 
 
 def readme_commands():

@@ -2,6 +2,7 @@
 
     python train_teacher.py                 # 4-6 minutes on two CPU cores, downloads nothing
     python train_teacher.py --resume        # go on after Ctrl-C or a crash
+    python train_teacher.py --causal        # the autoregressive baseline: same network, data, tokens and budget
 
 The embedded default corpus is Python function signatures found on this very machine, in the sources of the standard library,
 torch and numpy: about 30,000 unique lines such as `def sample(self, n=1) -> Tensor:`. It costs no download, and the quality of
@@ -25,10 +26,11 @@ import zlib
 
 import tiktoken
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import didi
-from model import (Config, Denoiser, catch_interrupt, interrupted_at, parse_resumable, pick_device, rng_state, run_script,
+from model import (Config, add_machine_flags, Denoiser, catch_interrupt, interrupted_at, parse_resumable, pick_device, rng_state, run_script,
                    save_checkpoint, set_rng_state, update_ema)
 
 
@@ -110,10 +112,42 @@ def quality(x, tokenizer, known):
             "entropy": sum(map(unigram_entropy, texts)) / len(texts)}
 
 
+# -------------------------------------------------------------------------------------- the autoregressive baseline and judge
+def causal_nll(model, x):
+    """-log p(x_i | x_1 .. x_{i-1}) (B, L), nats, of x (B, L) under a causal model; the mask token stands before x_1."""
+    z = F.pad(x[:, :-1], (1, 0), value=model.config.mask_id)
+    return F.cross_entropy(model(z).float().transpose(1, 2), x, reduction="none")
+
+
+def until_end(x, eos):
+    """True at the tokens of x (B, L) that count: up to and including the first end-of-sequence. (B, L)"""
+    return ((x == eos).cumsum(1) - (x == eos).long()) == 0
+
+
+@torch.no_grad()
+def autoregress(model, B, eos, temperature=1.0, on_step=None):
+    """Write B sequences token by token with a KV cache: x (B, L), padded with eos, and nfe (B,), network calls until each ended."""
+    x = torch.full((B, model.config.length), eos, device=model.position.device)
+    token, cache, nfe = torch.full_like(x[:, 0], model.config.mask_id), model.new_cache(B), torch.zeros_like(x[:, 0])
+    going = torch.ones_like(token, dtype=torch.bool)
+    for i in range(x.shape[1]):
+        log_p = F.log_softmax(model.head(model.trunk_next(token, i, cache)).float() / temperature, -1)  # (B, V)
+        token = torch.where(going, didi.draw(log_p)[:, 0], eos)
+        x[:, i] = token
+        nfe += going
+        going &= token != eos
+        if on_step:
+            on_step(x[:, :i + 1])
+        if not going.any():
+            break
+    return x, nfe
+
+
 # ---------------------------------------------------------------------------------------------------------------- training
 def parse_flags(argv=None):
     p = argparse.ArgumentParser(description="Train the teacher, a masked-diffusion language model.")
     g = p.add_argument_group("model (defaults by device: CPU, then CUDA or MPS)")
+    g.add_argument("--causal", action="store_true", help="train the autoregressive baseline, which is the judge too, instead of a teacher")
     g.add_argument("--length", type=int, default=48, help="L, tokens per sequence")
     g.add_argument("--n_layer", type=int, help="transformer blocks [3; 6]")
     g.add_argument("--n_head", type=int, help="attention heads [4; 8]")
@@ -126,14 +160,15 @@ def parse_flags(argv=None):
     g.add_argument("--ema", type=float, default=0.995, help="decay of the weight average that is sampled and distilled")
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the trunk [no; yes on CUDA]")
     g = p.add_argument_group("run")
-    g.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    g.add_argument("--seed", type=int, default=0)
-    g.add_argument("--out", default="out/teacher.pt", help="checkpoint; the log lies beside it as .jsonl")
+    add_machine_flags(g)
+    g.add_argument("--out", help="checkpoint; the log lies beside it as .jsonl [out/teacher.pt, with --causal out/causal.pt]")
     g.add_argument("--eval_every", type=int, default=425, help="steps between validations, each of which saves a checkpoint")
     g.add_argument("--eval_samples", type=int, default=128, help="samples per validity estimate (standard error .04 at 128)")
     g.add_argument("--resume", action="store_true", help="go on from --out; flags not given again are those of the checkpoint")
-    args, ckpt = parse_resumable(p, "teacher", argv)
-    device = pick_device(args.device)
+    kind = "causal" if p.parse_known_args(argv)[0].causal else "teacher"
+    p.set_defaults(out=f"out/{kind}.pt")
+    args, ckpt = parse_resumable(p, kind, argv)
+    device = pick_device(args)
     small, large = {"n_layer": 3, "n_head": 4, "n_embd": 128, "steps": 1700, "batch": 64, "compile": False}, \
                    {"n_layer": 6, "n_head": 8, "n_embd": 256, "steps": 6000, "batch": 256, "compile": device.type == "cuda"}
     for name, value in (small if device.type == "cpu" else large).items():
@@ -141,7 +176,7 @@ def parse_flags(argv=None):
             setattr(args, name, value)
     if min(args.steps, args.batch, args.length, args.n_layer, args.n_head, args.n_embd, args.eval_every, args.eval_samples) < 1:
         raise ValueError("--steps, --batch, --length, --n_layer, --n_head, --n_embd and --eval_* must all be at least 1")
-    return args, device, ckpt
+    return args, device, kind, ckpt
 
 
 def learning_rate(step, args):
@@ -152,27 +187,37 @@ def learning_rate(step, args):
 
 @torch.no_grad()
 def validate(model, data, tokenizer, args, device):
-    """NELBO and perplexity bound on the validation split, and validity of samples; always with the same random numbers."""
+    """NELBO (of a causal model the likelihood itself) and perplexity on the validation split, and validity of samples; always with
+    the same random numbers."""
     mask_id = model.config.mask_id
     with torch.random.fork_rng():
         torch.manual_seed(1234)
         x = data["val"][:1024].to(device)
-        nelbo = sum(didi.nelbo(model, part, mask_id)[0].item() * len(part) for part in x.split(args.batch)) / len(x)
+        nelbo = sum(losses(model, part)[0].item() * len(part) for part in x.split(args.batch)) / len(x)
         row = {"val_nelbo": nelbo, "val_ppl": math.exp(nelbo)}
-        for steps in (8, 64):
+        for steps in (args.length,) if args.causal else (8, 64):
             z = torch.full((args.eval_samples, args.length), mask_id, device=device)
-            row[f"valid@{steps}"] = quality(didi.sample(model, z, steps, mask_id)[0], tokenizer, data["known"])["valid"]
+            x = autoregress(model, len(z), tokenizer.eot_token)[0] if args.causal else didi.sample(model, z, steps, mask_id)[0]
+            row[f"valid@{steps}"] = quality(x, tokenizer, data["known"])["valid"]
     return row
 
 
+def losses(model, x):
+    """Of x (B, L): the bound to report, nats per token, and the loss to train on, which is less noisy in a short run."""
+    if model.config.causal:
+        return (causal_nll(model, x).mean(),) * 2
+    return didi.nelbo(model, x, model.config.mask_id)
+
+
 def main(argv=None):
-    args, device, ckpt = parse_flags(argv)
+    args, device, kind, ckpt = parse_flags(argv)
     torch.manual_seed(args.seed)
     tokenizer = make_tokenizer()
     data = load_data(args.length, tokenizer)
     train = data["train"].to(device)
-    config = Config(tokenizer.n_vocab, args.length, args.n_layer, args.n_head, args.n_embd)
+    config = Config(tokenizer.n_vocab, args.length, args.n_layer, args.n_head, args.n_embd, args.causal)
     model = Denoiser(config).to(device)
+    model.bf16 = args.bf16
     ema = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=device.type != "mps")
     first = 0
@@ -185,21 +230,20 @@ def main(argv=None):
     if args.compile:
         model.trunk = torch.compile(model.trunk)
     n = sum(p.numel() for p in model.parameters())
-    print(f"{len(train)} training lines, {len(data['val'])} validation lines, L = {args.length}; {n / 1e6:.2f} M parameters on {device}")
+    print(f"{len(train)} training lines, {len(data['val'])} validation lines, L = {args.length}; {n / 1e6:.2f} M parameters on {device}, {'bfloat16' if args.bf16 else 'float32'}")
 
     def save(step):
-        save_checkpoint(args.out, config, kind="teacher", model=model.state_dict(), ema=ema.state_dict(), step=step,
+        save_checkpoint(args.out, config, kind=kind, model=model.state_dict(), ema=ema.state_dict(), step=step,
                         optimizer=optimizer.state_dict(), rng=rng_state(device), flags=vars(args), tokenizer="bytes")
     os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
     interrupted, begin = catch_interrupt(), time.perf_counter()
     with open(os.path.splitext(args.out)[0] + ".jsonl", "a" if ckpt else "w") as log, \
-            tqdm(range(first, args.steps), initial=first, total=args.steps, desc="teacher", unit="step", mininterval=1) as bar:
+            tqdm(range(first, args.steps), initial=first, total=args.steps, desc=kind, unit="step", mininterval=1) as bar:
         for step in bar:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args)
             x = train[torch.randint(len(train), (args.batch,)).to(device)]  # (B, L)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                nelbo, loss = didi.nelbo(model, x, config.mask_id)  # trained on the unweighted form: less noise in a short run
+            nelbo, loss = losses(model, x)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -221,7 +265,7 @@ def main(argv=None):
                 log.flush()
             if interrupted():
                 save(step + 1)
-                return print(interrupted_at("train_teacher", step + 1, args.out)) or 130
+                return print(interrupted_at("train_teacher.py" + " --causal" * args.causal, step + 1, args.out)) or 130
     print(f"wrote {args.out}")
 
 
