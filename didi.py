@@ -31,7 +31,7 @@ def alpha(t):
 
 
 def column(t, z):
-    """Time as something that broadcasts against z (B, L): a float stays, (B,) becomes (B, 1)."""
+    """Time as something that broadcasts against z (B, L): a float becomes (1, 1), a tensor (B,) becomes (B, 1)."""
     return torch.as_tensor(t, dtype=torch.float32, device=z.device).reshape(-1, 1)
 
 
@@ -71,12 +71,19 @@ def nelbo(denoiser, x, mask_id, t=None):
 
 # --------------------------------------------------------------------------------------------------------------- sampling
 def draw(log_p_x, num=1):
-    """num independent tokens from each row of log_p_x (n, V) -> (n, num). FloatingPointError if there are NaNs in it."""
-    if log_p_x.isnan().any():
+    """num independent tokens from each row of log_p_x (n, V) -> (n, num). FloatingPointError if there are NaNs in it.
+
+    By inversion of the cumulative distribution in float64: one random number a token instead of V, and no tail is lost (on MPS, which has no float64, in float32).
+    """
+    rows = max(1, 2 ** 27 // log_p_x.shape[1])
+    if len(log_p_x) > rows:  # of a large vocabulary, a part at a time: at most 2 GB in float64
+        return torch.cat([draw(part, num) for part in log_p_x.split(rows)])
+    if log_p_x[:, 0].isnan().any():  # after log_softmax one NaN or +infinity makes the whole row NaN
         raise FloatingPointError("the network's output is not finite: its weights have diverged, train with a lower --lr")
-    if len(log_p_x) == 0:
-        return torch.empty(0, num, dtype=torch.long, device=log_p_x.device)
-    return torch.multinomial(log_p_x.exp(), num, replacement=True)
+    dtype = torch.float32 if log_p_x.device.type == "mps" else torch.float64
+    cdf = log_p_x.exp().cumsum(-1, dtype=dtype)
+    u = torch.rand(len(cdf), num, dtype=dtype, device=cdf.device) * cdf[:, -1:]
+    return torch.searchsorted(cdf, u, right=True).clamp(max=cdf.shape[1] - 1)  # the first token whose cdf exceeds u
 
 
 def reveal_positions(z, t, s, mask_id):
@@ -236,18 +243,15 @@ def policy_loss(log_prob, advantage, w, L):
 def sdtt_target(teacher, z_t, t, dt, mask_id):
     """What two teacher steps t -> t - dt/2 -> t - dt predict, for a student to match in one (SDTT, arXiv 2410.21035).
 
-    z_t (B, L), t (B,), dt a float <= t. Returns log_p_x (n, V) at the n masked positions of z_t: each from the step that reveals
-    it or, where it stays masked, from the second step.
+    z_t (B, L), t and dt <= t (B,). Returns log_p_x (n, V) at the n masked positions of z_t: from the first step where that reveals
+    them, else from the second.
     """
-    where, z, target = z_t == mask_id, z_t, None
-    for s in (t - dt / 2, t - dt):
-        masked = z == mask_id
-        log_p_x = predict(teacher, z, masked)
-        target = log_p_x if target is None else target.index_put((masked[where],), log_p_x)
-        reveal = reveal_positions(z, t, s, mask_id)
-        z = z.masked_scatter(reveal, draw(log_p_x[reveal[masked]]))
-        t = s
-    return target
+    where = z_t == mask_id
+    target = predict(teacher, z_t, where)
+    reveal = reveal_positions(z_t, t, t - dt / 2, mask_id)
+    z = z_t.masked_scatter(reveal, draw(target[reveal[where]]))
+    masked = z == mask_id
+    return target.index_put((masked[where],), predict(teacher, z, masked))
 
 
 # ------------------------------------------------------------------------------------- reward-guided ancestral sampler (RGAS)
@@ -291,23 +295,25 @@ def rerank_step(denoiser, discriminator, z, t, s, mask_id, positions, M, tempera
 
 
 @torch.no_grad()
-def guided_sample(denoiser, discriminator, z, steps, mask_id, positions, h=1.0, M=4, switch=0.5, temperature=1.0):
-    """RGAS: tilt in the first `switch` share of the steps, re-rank in the rest. z (B, L) -> x (B, L), nfe (B,), calls (B,).
+def guided_sample(denoiser, discriminator, z, steps, mask_id, positions, h=1.0, M=4, switch=0.5, temperature=1.0, noise_max=1.0):
+    """RGAS: tilt in the first `switch` share of the guided steps, re-rank in the rest. z (B, L) -> x (B, L), nfe (B,), calls (B,).
 
-    calls counts discriminator passes per sequence: 1 (with its backward) in a tilted step, M in a re-ranked one. Not to be
-    called under torch.inference_mode: tilting needs a gradient.
+    A step that leads to a level the discriminator was not trained on, above noise_max or without any position that enters, is
+    a plain one. calls counts discriminator passes per sequence: 1 (with its backward) in a tilted step, M in a re-ranked one.
+    Not to be called under torch.inference_mode: tilting needs a gradient.
     """
     times = time_grid(steps)
+    known = [s <= noise_max and not (positions == "masked" and s == 0) for s in times[1:]]
     nfe = torch.zeros(len(z), dtype=torch.long, device=z.device)
     calls = torch.zeros_like(nfe)
     for k, (t, s) in enumerate(zip(times[:-1], times[1:])):
-        blind = positions == "masked" and s == 0  # the discriminator was never trained on what is left: plain step
-        if blind:
+        tilt = sum(known[:k]) < switch * sum(known)
+        if not known[k]:
             z, called = ancestral_step(denoiser, z, t, s, mask_id, temperature)
-        elif k < switch * steps:
+        elif tilt:
             z, called = tilt_step(denoiser, discriminator, z, t, s, mask_id, positions, h, temperature)
         else:
             z, called = rerank_step(denoiser, discriminator, z, t, s, mask_id, positions, M, temperature)
         nfe += called
-        calls += called * (0 if blind else 1 if k < switch * steps else M)
+        calls += called * (1 if tilt else M) * known[k]
     return z, nfe, calls

@@ -22,22 +22,27 @@ import torch
 from tqdm import tqdm
 
 import didi
-from model import (Discriminator, add_machine_flags, build_denoiser, build_discriminator, catch_interrupt, interrupted_at, load_checkpoint, parse_resumable,
-                   pick_device, rng_state, run_script, save_checkpoint, set_rng_state, spread, update_ema, write_json)
+from model import (Discriminator, add_machine_flags, build_denoiser, build_discriminator, catch_interrupt, interrupted_at,
+                   load_checkpoint, parse_resumable, pick_device, rng_state, run_script, save_checkpoint, set_rng_state, spread,
+                   update_ema, write_json)
 from train_teacher import load_data, make_tokenizer, quality
 
 # What the paper does, at our size: all-mask starts, groups of 4 that share levels, coupled time, 1/t weights, both regularisers.
-PAPER = {"start": "mask", "share": "level", "groups": 32, "G": 4, "coupled": True, "w": True, "pi": True, "positions": "masked",
+PAPER = {"start": "mask", "share": "level", "groups": 32, "G": 4, "coupled": True, "noise_max": 1.0, "w": True, "pi": True, "positions": "masked",
          "smoothing": 0.1, "reward_clip": 8.0, "kl_kind": "forward", "kl": 0.1, "entropy": 0.01, "reference": "teacher", "eps": 1e-4}
 # Self-distillation through time: as many updates as take the time of the default, supervised and so at a higher learning rate.
-SDTT = {"steps": 320, "disc_warmup": 0, "lr": 1e-3}
-# The runs of --ablate: first as in the paper's table, in its setting, each with all before it; then the default with one thing changed.
-CUMULATIVE = {"none": "--paper --no-ism --no-coupled --no-w --no-pi --kl 0 --entropy 0 --no-group_norm", "+ intermediate-state matching": "--ism",
-              "+ coupled time": "--coupled", "+ w(t)": "--w", "+ pi(t)": "--pi", "+ KL and entropy": f"--kl {PAPER['kl']} --entropy {PAPER['entropy']}",
-              "+ grouped normalisation": "--group_norm", "+ guided sampler": ""}
-ONE_CHANGE = {"default": "", "default, guided sampler": "", "no intermediate-state matching": "--no-ism", "no grouped normalisation": "--no-group_norm",
-              "no KL": "--kl 0", "coupled time": "--coupled", "w(t) and pi(t)": "--w --pi", "all rollouts from all masks": "--start mask",
-              "groups share levels only": "--share level", "masked positions only": "--positions masked", "teacher samples": "--reference teacher"}
+SDTT = {"steps": 960, "disc_warmup": 0, "lr": 1e-3, "kl_kind": "forward"}
+# The runs of --ablate: as in the paper's table, in its setting, each with all before it; then the default with one thing changed.
+CUMULATIVE = {
+    "none": "--paper --no-ism --no-coupled --no-w --no-pi --kl 0 --entropy 0 --no-group_norm",
+    "+ intermediate-state matching": "--ism", "+ coupled time": "--coupled", "+ w(t)": "--w", "+ pi(t)": "--pi",
+    "+ KL and entropy": f"--kl {PAPER['kl']} --entropy {PAPER['entropy']}", "+ grouped normalisation": "--group_norm",
+    "+ guided sampler": ""}
+ONE_CHANGE = {
+    "default": "", "default, guided sampler": "",
+    "no intermediate-state matching": "--no-ism", "no grouped normalisation": "--no-group_norm", "no KL": "--kl 0",
+    "coupled time": "--coupled", "w(t) and pi(t)": "--w --pi", "all rollouts from all masks": "--start mask",
+    "groups share levels only": "--share level", "masked positions only": "--positions masked", "teacher samples": "--reference teacher"}
 
 
 def parse_flags(argv=None):
@@ -58,7 +63,7 @@ def parse_flags(argv=None):
     g.add_argument("--ism", action=on_off, default=True, help="intermediate-state matching; off: rollouts of one step")
     g.add_argument("--beta", type=float, nargs=2, default=(1.0, 1.0), help="a, b of tau/t ~ Beta(a, b)")
     g = p.add_argument_group("discriminator and reward")
-    g.add_argument("--reference", choices=("data", "teacher"), default="data", help="label 1, and noised first states: data, or 64-step teacher samples")
+    g.add_argument("--reference", choices=("data", "teacher"), default="data", help="label 1, and first states: data, or 64-step teacher samples")
     g.add_argument("--coupled", action=on_off, default=False, help="noise x again at the rollout's tau; off: at --noise_max * U(0, 1)")
     g.add_argument("--noise_max", type=float, default=0.3, help="the highest level of noise without --coupled")
     g.add_argument("--positions", choices=("masked", "all"), default="all", help="whose logits enter loss, reward and guidance")
@@ -72,14 +77,14 @@ def parse_flags(argv=None):
     g.add_argument("--group_norm", action=on_off, default=True, help="grouped reward normalisation; off: the bare reward")
     g.add_argument("--eps", type=float, default=0.1, help="A = (r - mean)/(std + eps): groups with less spread count less")
     g.add_argument("--advantage_clip", type=float, default=3.0, help="bound on |A|")
-    g.add_argument("--w", action=on_off, default=False, help="weight w(tau) = 1/tau, clipped to [.1, 10]")
-    g.add_argument("--pi", action=on_off, default=False, help="divide by pi(tau), the density tau was drawn from")
+    g.add_argument("--w", action=on_off, default=False, help="weight w(t) = 1/t, clipped to [.1, 10], at the level t where the reward is read")
+    g.add_argument("--pi", action=on_off, default=False, help="divide by pi(t), the density that this level was drawn from")
     g.add_argument("--kl", type=float, default=0.09, help="weight of the KL to the teacher, per masked token; 0 = off")
     g.add_argument("--kl_kind", choices=("forward", "reverse", "jeffreys"), default="reverse", help="forward = KL(teacher || student)")
     g.add_argument("--entropy", type=float, default=0.0, help="weight of the entropy bonus, per masked token; 0 = off")
     g.add_argument("--lr", type=float, default=6e-4, help="student's learning rate; falls linearly to a tenth")
     g.add_argument("--ema", type=float, default=0.97, help="decay of the weight average that is saved and sampled")
-    g.add_argument("--steps", type=int, default=160, help="updates of the student")
+    g.add_argument("--steps", type=int, default=480, help="updates of the student")
     g = p.add_argument_group("run")
     g.add_argument("--ablate", metavar="FILE", help="instead: each component's worth over seeds 0, 1, 2, into this JSON file; resumes")
     g.add_argument("--teacher", default="out/teacher.pt", help="checkpoint of train_teacher.py; with --ablate, {seed} stands for the seed")
@@ -90,10 +95,12 @@ def parse_flags(argv=None):
     g.add_argument("--resume", action="store_true", help="go on from --out; flags not given again are those of the checkpoint")
     args, ckpt = parse_resumable(p, "student", argv)
     if not ckpt:
-        p.set_defaults(**(PAPER if args.paper else SDTT if args.objective == "sdtt" else {}))
+        p.set_defaults(**(PAPER if args.paper else {}) | (SDTT if args.objective == "sdtt" else {}))
         args = p.parse_args(argv)
     if min(args.groups, args.G, args.K, args.steps, args.disc_batch, args.eval_every, args.eval_samples) < 1:
         raise ValueError("--groups, --G, --K, --steps, --disc_batch and --eval_* must all be at least 1")
+    if args.objective == "sdtt" and (args.disc_warmup or args.steps < len(args.rounds) or min(args.rounds) < 1):
+        raise ValueError("--objective sdtt has no discriminator to warm up, and needs at least one update for each of its --rounds")
     if not 0 < args.t_range[0] <= args.t_range[1] <= 1:
         raise ValueError(f"--t_range {args.t_range[0]} {args.t_range[1]}: give two levels, 0 < low <= high <= 1")
     if args.disc_batch > args.groups * args.G:
@@ -150,15 +157,18 @@ def descend(loss, net, optimizer):
 
 
 @torch.no_grad()
-def evaluate(model, num, tokenizer, known, device, steps=(4, 8, 16), disc=None, positions=None):
-    """{"valid@4": .., "entropy@4": .., "length@4": .., ..} of `num` samples in 4, 8 and 16 steps, always with the same random numbers;
-    guided ones with a discriminator."""
+def evaluate(model, num, tokenizer, known, device, steps=(4, 8, 16), disc=None, positions=None, noise_max=1.0):
+    """{"valid@4": .., "entropy@4": .., "length@4": .., ..} of `num` samples in 4, 8 and 16 steps, guided if there is a discriminator.
+
+    Always with the same random numbers.
+    """
     row, mask_id = {}, model.config.mask_id
     with torch.random.fork_rng():
         torch.manual_seed(4321)
         for n in steps:
             z = torch.full((num, model.config.length), mask_id, device=device)
-            x = didi.guided_sample(model, disc, z, n, mask_id, positions)[0] if disc else didi.sample(model, z, n, mask_id)[0]
+            x = (didi.guided_sample(model, disc, z, n, mask_id, positions, noise_max=noise_max)[0] if disc else
+                 didi.sample(model, z, n, mask_id)[0])
             q = quality(x, tokenizer, known)
             row.update({f"{k}@{n}": q[k] for k in ("valid", "entropy", "length")})
     return row
@@ -197,7 +207,8 @@ def didi_update(step, nets, teacher, reference, args):
         x, steps = didi.rollout(student, z_t, levels.repeat_interleave(len(z_t) // groups, 1), mask_id, copies)  # (groups * G, L)
     # 2. coupled time: noise x to the rollout's own tau (or to a low level of its own), and the reference at the same positions
     level = tau if args.coupled else torch.rand_like(tau) * args.noise_max
-    level, tau, pi = (v.repeat_interleave(args.G) for v in (level, tau, pi))  # (groups * G,)
+    pi = pi if args.coupled else torch.full_like(pi, 1 / args.noise_max)
+    level, pi = level.repeat_interleave(args.G), pi.repeat_interleave(args.G)  # (groups * G,): where the reward is read, and its density
     z_fake = didi.forward_mask(x, level, mask_id)
     pick = torch.randperm(len(x), device=x.device)[:args.disc_batch]
     z_ref = x_ref.repeat_interleave(copies, 0)[pick].masked_fill(z_fake[pick] == mask_id, mask_id)
@@ -216,7 +227,7 @@ def didi_update(step, nets, teacher, reference, args):
         r = didi.reward(disc(z_fake), z_fake, mask_id, args.positions, args.reward_clip)  # (groups * G,)
     advantage = didi.grouped_advantage(r, args.G, args.advantage_clip, args.eps) if args.group_norm else r
     # 5. student step: policy gradient, KL to the teacher, entropy bonus
-    w = (didi.weight(tau) if args.w else torch.ones_like(tau)) / (pi if args.pi else 1)
+    w = (didi.weight(level) if args.w else torch.ones_like(level)) / (pi if args.pi else 1)
     kl, entropy = regularisers(teacher, steps, args.kl_kind)
     policy = didi.policy_loss(sum(s[3] for s in steps), advantage, w, L)
     return row | {"spread": r.view(-1, args.G).std(1, correction=0).mean().item(), "policy": policy.item(), "kl": kl.item(),
@@ -226,19 +237,20 @@ def didi_update(step, nets, teacher, reference, args):
 def sdtt_update(step, nets, teacher, reference, args):
     """One iteration of self-distillation through time (arXiv 2410.21035): match in one step what two steps of `target` predict.
 
-    The updates are shared out among the rounds; each begins with the student so far as the new target. Returns what to log.
+    The updates are shared out among the rounds; in each, student and target begin as the student so far. Returns what to log.
     """
-    length = -(-args.steps // len(args.rounds))  # updates per round
-    if step % length == 0:
-        nets["target"].load_state_dict(nets["ema"].state_dict())
+    mask_id, k = teacher.config.mask_id, step * len(args.rounds) // args.steps
+    if step == 0 or k > (step - 1) * len(args.rounds) // args.steps:
+        for name in ("target", "model"):
+            nets[name].load_state_dict(nets["ema"].state_dict())
         nets["opt"].state.clear()
-    dt, mask_id = 1 / args.rounds[step // length], teacher.config.mask_id
     x = reference[torch.randint(len(reference), (args.groups * args.G,)).to(reference.device)]
-    t = dt + (1 - dt) * didi.low_discrepancy_times(len(x), x.device)
+    t = didi.low_discrepancy_times(len(x), x.device)
     z_t = didi.forward_mask(x, t, mask_id)
-    target = didi.sdtt_target(nets["target"], z_t, t, dt, mask_id)
-    kl = didi.kl_to_teacher(didi.predict(nets["model"], z_t, z_t == mask_id), target, "forward").mean()
-    return {"round": args.rounds[step // length], "kl": kl.item(), "norm": descend(kl, nets["model"], nets["opt"])}
+    target = didi.sdtt_target(nets["target"], z_t, t, t.clamp(max=1 / args.rounds[k]), mask_id)
+    kl = didi.kl_to_teacher(didi.predict(nets["model"], z_t, z_t == mask_id), target, args.kl_kind)
+    kl = kl.sum() / max(len(kl), 1)
+    return {"round": args.rounds[k], "kl": kl.item(), "norm": descend(kl, nets["model"], nets["opt"])}
 
 
 def finish_row(row, done, args, log, bar, report, save):
@@ -254,23 +266,32 @@ def finish_row(row, done, args, log, bar, report, save):
     bar.set_postfix({k: f"{row[k]:.3f}" for k in ("disc_acc", "r_ref", "r_student", "kl") if k in row})
 
 
-def ablate(path, argv, num=1000):
+def ablate(path, argv, device, num=1000):
     """Run CUMULATIVE and ONE_CHANGE with three seeds each, {label: {seed: row}} into the file `path`, and print the table.
 
-    Runs that the file has are not made again. The other flags in argv hold for every run.
+    Runs that the file has are not made again, so after Ctrl-C the same command goes on. The other flags in argv hold for every run.
     """
-    results = json.load(open(path)) if os.path.exists(path) else {}
+    try:
+        with open(path) as f:
+            results = json.load(f)
+    except FileNotFoundError:
+        results = {}
+    except ValueError:
+        raise ValueError(f"--ablate {path!r} is no results file of --ablate: name another") from None
+    write_json(path, results)  # an unwritable path must not show after minutes of work
     so_far = list(itertools.accumulate(CUMULATIVE.values(), lambda a, b: f"{a} {b}"))
-    runs = [(label, flags.split(), seed) for seed in ("0", "1", "2") for label, flags in [*zip(CUMULATIVE, so_far), *ONE_CHANGE.items()]]
+    runs = [*zip(CUMULATIVE, so_far), *ONE_CHANGE.items()]
+    runs = [(label, flags.split(), seed) for seed in ("0", "1", "2") for label, flags in runs]
     out, done = os.path.join("out", "ablation.pt"), None
     for label, flags, seed in tqdm([run for run in runs if run[2] not in results.get(run[0], {})], desc="ablation", unit="run"):
         if done != (flags, seed) and main([*argv, *flags, "--ablate", "", "--seed", seed, "--out", out, "--eval_every", "1000000"]):
             return 130
         done = flags, seed
-        ckpt, config = load_checkpoint(out, "student")
-        model, tokenizer = build_denoiser(config, ckpt["ema"]).requires_grad_(False), make_tokenizer()
-        disc = build_discriminator(model, ckpt) if "guided" in label else None
-        row = evaluate(model, num, tokenizer, load_data(config.length, tokenizer)["known"], "cpu", (4, 8, 16, 32), disc, ckpt["flags"]["positions"])
+        ckpt, config = load_checkpoint(out, "student", device)
+        model, tokenizer = build_denoiser(config, ckpt["ema"], device, ckpt["flags"]["bf16"]).requires_grad_(False), make_tokenizer()
+        disc, known = build_discriminator(model, ckpt) if "guided" in label else None, load_data(config.length, tokenizer)["known"]
+        row = evaluate(model, num, tokenizer, known, device, (4, 8, 16, 32), disc, ckpt["flags"]["positions"],
+                       1.0 if ckpt["flags"]["coupled"] else ckpt["flags"]["noise_max"])
         results.setdefault(label, {})[seed] = row | {"flags": ckpt["flags"]}
         write_json(path, results)
     columns = [f"valid@{n}" for n in (4, 8, 16, 32)] + ["entropy@8", "length@8"]
@@ -282,7 +303,7 @@ def ablate(path, argv, num=1000):
 def main(argv=None):
     args, device, ckpt = parse_flags(argv)
     if args.ablate:
-        return ablate(args.ablate, sys.argv[1:] if argv is None else argv)
+        return ablate(args.ablate, sys.argv[1:] if argv is None else argv, device)
     torch.manual_seed(args.seed)
     loaded, config = load_checkpoint(args.teacher.format(seed=args.seed), "teacher", device)
     tokenizer = make_tokenizer()
@@ -291,6 +312,9 @@ def main(argv=None):
     reference = teacher_samples(teacher) if args.reference == "teacher" else data["train"].to(device)
     nets, first = networks(args, config, teacher, device, ckpt)
     update = didi_update if args.objective == "didi" else sdtt_update
+
+    def report():
+        return evaluate(nets["ema"], args.eval_samples, tokenizer, data["known"], device)
 
     def save(step):
         save_checkpoint(args.out, config, kind="student", step=step, rng=rng_state(device), flags=vars(args), tokenizer="bytes",
@@ -308,7 +332,7 @@ def main(argv=None):
                 raise diverged(step + 1, args) from None
             if done > 0:
                 update_ema(nets["ema"], nets["model"], args.ema)
-            finish_row(row, done, args, log, bar, lambda: evaluate(nets["ema"], args.eval_samples, tokenizer, data["known"], device), save)
+            finish_row(row, done, args, log, bar, report, save)
             if interrupted():
                 save(step + 1)
                 return print(interrupted_at("distill.py", step + 1, args.out)) or 130

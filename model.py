@@ -111,7 +111,8 @@ class Denoiser(nn.Module):
     def new_cache(self, B):
         """Keys and values for `trunk_next`: (n_layer, 2, B, H, L, D/H), one per block, nothing in it yet."""
         c, like = self.config, self.position
-        return like.new_empty(c.n_layer, 2, B, c.n_head, c.length, c.n_embd // c.n_head)
+        dtype = torch.bfloat16 if self.bf16 and like.is_cuda else like.dtype
+        return like.new_empty(c.n_layer, 2, B, c.n_head, c.length, c.n_embd // c.n_head, dtype=dtype)
 
     def trunk_next(self, token, i, cache):
         """Causal models: token (B,) at position i, earlier keys and values from `cache` -> hidden state (B, D) there."""
@@ -240,7 +241,7 @@ def add_machine_flags(group):
     """The flags that every script has."""
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     group.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="matrix products in bfloat16 [where the processor has it]")
-    group.add_argument("--seed", type=int, default=0, help="equal flags and equal seed give equal results on one machine")
+    group.add_argument("--seed", type=int, default=0, help="equal flags and equal seed repeat a run exactly on a CPU")
 
 
 def pick_device(args):

@@ -24,16 +24,18 @@ import time
 import numpy as np
 import tiktoken
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import didi
-from model import (add_machine_flags, build_denoiser, build_discriminator, load_checkpoint, peak_memory, pick_device, reset_peak_memory, run_script, spread,
-                   write_json)
+from model import (add_machine_flags, build_denoiser, build_discriminator, load_checkpoint, peak_memory, pick_device,
+                   reset_peak_memory, run_script, spread, write_json)
 from train_teacher import autoregress, causal_nll, decode, encode, load_data, make_tokenizer, quality, until_end
 
 RANGES = {"steps": (1, 10_000), "num": (1, 1_000_000), "temperature": (0.01, 100), "guidance": (0, 100), "candidates": (1, 256),
           "switch": (0, 1), "batch": (1, 1_000_000), "delay": (0, 60), "eval_samples": (1, 1_000_000), "seed": (0, 2**63 - 1)}
-COLUMNS = ("row", "steps", "T", "nfe", "disc_calls", "valid", "valid_se", "judge_ppl", "distinct", "novel", "length", "entropy", "seq_per_s")
+COLUMNS = ("row", "steps", "T", "nfe", "disc_calls", "valid", "valid_se", "judge_ppl", "distinct", "novel", "length", "entropy",
+           "seq_per_s")
 SWEEP = {"teacher": (4, 8, 16, 32, 64, 256), "student": (4, 8, 16, 32), "autoregressive": (None,)}  # steps, each at these ..
 TEMPERATURES = (1.2, 1.1, 1.0, 0.9, 0.8, 0.7)
 
@@ -55,7 +57,7 @@ def parse_flags(argv=None):
     g.add_argument("--sampler", choices=("ancestral", "rgas"), default="ancestral", help="rgas asks the discriminator too")
     g.add_argument("--guidance", type=float, default=1.0, help="h, weight of the reward's gradient; 1 = first-order p * exp(r)")
     g.add_argument("--candidates", type=int, default=4, help="M, next states to choose from in a re-ranking step")
-    g.add_argument("--switch", type=float, default=0.5, help="share of the steps that follow the gradient; the others re-rank")
+    g.add_argument("--switch", type=float, default=0.5, help="share of the guided steps that follow the gradient; the others re-rank")
     g = p.add_argument_group("given text, and watching")
     g.add_argument("--prompt", help="a fixed beginning; the rest is written")
     g.add_argument("--infill", help="fixed text with gaps: each gap character is one unknown character; what follows is free")
@@ -70,7 +72,7 @@ def parse_flags(argv=None):
     g.add_argument("--rows", choices=("all", "teacher", "student"), default="all", help="with --eval: whose rows")
     g.add_argument("--causal", default="out/causal.pt", help="checkpoint of train_teacher.py --causal: baseline and judge, if it is there")
     g.add_argument("--judge", help="perplexity under a GPT-2 of the package transformers instead: its name or folder")
-    g.add_argument("--json", help="with --eval, --bench: add rows, hardware and flags to this file, under --label and the checkpoint's seed")
+    g.add_argument("--json", help="with --eval, --bench: add rows, hardware, flags to this file, under --label and the training seed")
     g.add_argument("--label", default="default", help="with --json: what to call this run")
     g.add_argument("--bench", action="store_true", help="speed and memory of each model, one sequence at a time and --batch at a time")
     g.add_argument("--table", metavar="FILE", help="print mean +- standard deviation over the seeds in FILE, as Markdown, and stop")
@@ -120,13 +122,14 @@ def load_net(kind, args, tokenizer, device):
     path = getattr(args, kind)
     ckpt, config = load_checkpoint(path, kind, device)
     guided = kind == "student" and ckpt.get("flags", {}).get("objective") != "sdtt"
-    missing = {"ema", *(("disc", "disc_blocks", "positions") if guided else ())} - ckpt.keys() - ckpt.get("flags", {}).keys()
+    missing = {"ema", *(("disc", "disc_blocks", "positions", "coupled", "noise_max") if guided else ())} - ckpt.keys() - ckpt.get("flags", {}).keys()
     if missing or config.vocab_size != tokenizer.n_vocab:
         raise ValueError(f"{path} lacks {', '.join(sorted(missing)) or 'the byte tokenizer'}: another version wrote it, make it again")
     net = {"device": device, "config": config, "flags": ckpt["flags"], "eos": tokenizer.eot_token,
            "denoiser": build_denoiser(config, ckpt["ema"], device, args.bf16).requires_grad_(False)}
     if guided:
-        net |= {"discriminator": build_discriminator(net["denoiser"], ckpt), "positions": ckpt["flags"]["positions"]}
+        net |= {"discriminator": build_discriminator(net["denoiser"], ckpt), "positions": ckpt["flags"]["positions"],
+                "noise_max": 1.0 if ckpt["flags"]["coupled"] else ckpt["flags"]["noise_max"]}
     return net
 
 
@@ -163,12 +166,12 @@ def write(net, z, args, on_step=None, name=None):
     def run(z, steps):
         if args.sampler == "rgas":
             return didi.guided_sample(net["denoiser"], net["discriminator"], z, steps, mask_id, net["positions"],
-                                      args.guidance, args.candidates, args.switch, T)
+                                      args.guidance, args.candidates, args.switch, T, net["noise_max"])
         x, nfe = (autoregress(net["denoiser"], len(z), net["eos"], T, on_step) if args.sampler == "autoregressive" else
                   didi.sample(net["denoiser"], z, steps, mask_id, T, on_step))
         return x, nfe, torch.zeros_like(nfe)
-    if not on_step:  # warm-up, not timed: the first calls set up threads and kernels
-        run(z[:2].to(net["device"]), 4)
+    if not on_step:  # warm-up, not timed: the first calls set up threads, kernels and memory
+        run(z[:args.batch].to(net["device"]), 2)
     torch.manual_seed(args.seed)
     begin = time.perf_counter()
     for part in tqdm(z.split(args.batch), desc=name, unit="batch", leave=False, delay=1, disable=bool(on_step)):
@@ -219,7 +222,7 @@ def print_samples(args, device, tokenizer):
 
 
 # -------------------------------------------------------------------------------------------------------------- evaluation
-def make_judge(args, nets, tokenizer):
+def make_judge(args, nets, tokenizer, device):
     """Generative perplexity as a function of texts x (B, L), per token up to and including the first end-of-sequence; or None.
 
     The judge is the causal model or, with --judge, a GPT-2 of the package transformers, which reads the decoded texts.
@@ -230,22 +233,23 @@ def make_judge(args, nets, tokenizer):
         net = nets["autoregressive"]
 
         def nll(x):
+            x = x.to(net["device"])
             return causal_nll(net["denoiser"], x), until_end(x, net["eos"])
     else:
         try:
             from transformers import GPT2LMHeadModel
-            gpt2, model = tiktoken.get_encoding("gpt2"), GPT2LMHeadModel.from_pretrained(args.judge)
+            gpt2, model = tiktoken.get_encoding("gpt2"), GPT2LMHeadModel.from_pretrained(args.judge).to(device)
         except ImportError:
             raise ValueError("--judge needs the package transformers, which is optional: pip install transformers") from None
         except Exception as e:  # no such folder, no network, a damaged file: each library raises its own
             raise ValueError(f"--judge {args.judge!r} cannot be loaded ({type(e).__name__}): name a folder with a GPT-2 in it") from None
         end = gpt2.eot_token
 
-        def nll(x):
+        def nll(x):  # (B, at most GPT-2's 1024 tokens)
             ids = [torch.tensor([end, *gpt2.encode_ordinary(text), end]) for text in decode(x, tokenizer)]
-            ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=end)  # (B, at most GPT-2's 1024)
+            ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=end).to(device)
             logits = model(ids[:, :-1]).logits.float()
-            return torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none"), until_end(ids[:, 1:], end)
+            return F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none"), until_end(ids[:, 1:], end)
 
     @torch.no_grad()
     def perplexity(x):
@@ -270,15 +274,19 @@ def at_entropy(rows, name, steps, entropy, column="valid"):
 
 
 def steps_to_match(rows, entropy, column="valid"):
-    """Steps that the teacher needs for the student's quality in 8, both at this entropy (linear in log steps); inf if 256 don't do."""
-    sign, goal, before = {"valid": 1, "judge_ppl": -1}[column], at_entropy(rows, "student", 8, entropy, column), None
-    for n in SWEEP["teacher"]:
-        value = at_entropy(rows, "teacher", n, entropy, column)
-        if sign * value >= sign * goal:
-            share = (goal - before[1]) / (value - before[1]) if before else 1
-            return 2 ** ((1 - share) * math.log2(before[0] if before else n) + share * math.log2(n))
-        before = (n, value) if value == value else before
-    return math.inf if goal == goal else math.nan
+    """Steps that the teacher needs for the student's quality in 8, both at this entropy, linear in log steps.
+
+    4 means at most 4, inf more than 256, NaN that the temperatures measured don't tell.
+    """
+    sign, goal = {"valid": 1, "judge_ppl": -1}[column], at_entropy(rows, "student", 8, entropy, column)
+    steps = [math.log2(n) for n in SWEEP["teacher"]]
+    values = [at_entropy(rows, "teacher", n, entropy, column) for n in SWEEP["teacher"]]
+    k = next((k for k, value in enumerate(values) if sign * value >= sign * goal), None)
+    if k is None:
+        return math.nan if any(map(math.isnan, [*values, goal])) else math.inf
+    if k == 0:
+        return 2 ** steps[0]
+    return 2 ** (steps[k - 1] + (steps[k] - steps[k - 1]) * (goal - values[k - 1]) / (values[k] - values[k - 1]))
 
 
 def table_plan(args, nets):
@@ -309,7 +317,7 @@ def evaluate(args, device, tokenizer):
     if args.rows != "teacher" and not os.path.isfile(args.student):
         raise ValueError(f"no student at {args.student}: make it with `python distill.py`, or add --rows teacher")
     nets, rows = load_all(args, tokenizer, device, ("teacher", "student") if args.rows == "all" else (args.rows,)), []
-    config, judge = next(iter(nets.values()))["config"], make_judge(args, nets, tokenizer)
+    config, judge = next(iter(nets.values()))["config"], make_judge(args, nets, tokenizer, device)
     if args.rows != "all":
         nets.pop("autoregressive", None)
     data = load_data(config.length, tokenizer)
@@ -329,14 +337,15 @@ def evaluate(args, device, tokenizer):
         net = nets[name.split(",")[0]]
         x, cost = write(net, z, argparse.Namespace(**vars(args) | how), name=f"row {k + 1} of {len(plan)}: {name}")
         add(x, row=name, T=T, **how, **cost)
-    held, student = rows[0]["entropy"], next((r for r in rows if (r["row"], r.get("steps"), r.get("T")) == ("student", 8, 1.0)), None)
     if args.rows == "all":
+        student = next(r for r in rows if (r["row"], r.get("steps"), r.get("T")) == ("student", 8, 1.0))
         print(f"8 steps: student valid {student['valid']:.3f} +- {student['valid_se']:.3f}, entropy {student['entropy']:.3f}; teacher at that "
               f"entropy: valid {at_entropy(rows, 'teacher', 8, student['entropy']):.3f} (nan: outside the temperatures measured)")
     if args.rows == "all" and args.sweep:
+        held = rows[0]["entropy"]
         print(f"at held-out entropy {held:.3f} the teacher needs {steps_to_match(rows, held):.0f} steps to be as valid as the student in 8")
     save_run(args, {"rows": rows, "training": {kind: net["flags"] for kind, net in nets.items()}}, device,
-             next(reversed(list(nets[k]["flags"]["seed"] for k in nets if k != "autoregressive"))))
+             nets.get("student", nets.get("teacher"))["flags"]["seed"])
 
 
 def save_run(args, run, device, seed):
@@ -351,22 +360,25 @@ def save_run(args, run, device, seed):
 
 def print_table(path):
     """Mean +- standard deviation over seeds of the rows of a results file; then, where a sweep was made, at held-out entropy."""
-    results, shown = read_json(path), {"nfe": 1, "disc_calls": 1, "valid": 3, "judge_ppl": 1, "distinct": 3, "novel": 3, "length": 1, "entropy": 3}
+    results = read_json(path)
+    shown = {"nfe": 1, "disc_calls": 1, "valid": 3, "judge_ppl": 2, "distinct": 3, "novel": 3, "length": 1, "entropy": 3}
     print("| run | row | steps | T | " + " | ".join(shown) + " |\n|" + "---|" * (len(shown) + 4))
     for label, seeds in results.items():
         sweep = any(run["flags"].get("sweep") for run in seeds.values())
         for rows in zip(*(run["rows"] for run in seeds.values())):
             first = rows[0]
             if not sweep or first.get("T", 1) == 1 or (first["row"], first["steps"]) == ("teacher", 8):
-                cells = [spread([row.get(name) for row in rows], digits) for name, digits in shown.items()]
-                print(f"| {label} ({len(seeds)} seeds) | {first['row']} | {first.get('steps') or ''} | {first.get('T', '')} | {' | '.join(cells)} |")
+                cells = [first["row"], str(first.get("steps") or ""), str(first.get("T", ""))]
+                cells += [spread([row.get(name) for row in rows], digits) for name, digits in shown.items()]
+                print(f"| {label} ({len(seeds)} seeds) | {' | '.join(cells)} |")
     swept = {label: [run["rows"] for run in seeds.values()] for label, seeds in results.items()
              if all(run["flags"].get("sweep") for run in seeds.values())}
     if swept:
         print("\nAt the entropy of held-out data:\n\n| run | model | steps | valid | judge_ppl | length |\n|---|---|---|---|---|---|")
     for label, seeds in swept.items():
         for name, n in dict.fromkeys((r["row"], r["steps"]) for r in seeds[0][1:] if "guided" not in r["row"]):
-            cells = [spread([at_entropy(rows, name, n, rows[0]["entropy"], c) for rows in seeds], d) for c, d in (("valid", 3), ("judge_ppl", 1), ("length", 1))]
+            cells = [spread([at_entropy(rows, name, n, rows[0]["entropy"], c) for rows in seeds], shown[c])
+                     for c in ("valid", "judge_ppl", "length")]
             print(f"| {label} | {name} | {n or ''} | {' | '.join(cells)} |")
         for column in ("valid", "judge_ppl"):
             need = [steps_to_match(rows, rows[0]["entropy"], column) for rows in seeds]
@@ -415,7 +427,8 @@ def plot(swept, path):
     _, plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     lines = [("default", "teacher", n, "C0", style) for n, style in ((8, ":"), (32, "--"), (256, "-"))]
-    lines += [("default", "student", 4, "C3", ":"), ("default", "student", 8, "C3", "-"), ("sdtt", "student", 8, "C1", "-"), ("default", "autoregressive", None, "k", "-")]
+    lines += [("default", "student", 4, "C3", ":"), ("default", "student", 8, "C3", "-"), ("sdtt", "student", 8, "C1", "-"),
+              ("default", "autoregressive", None, "k", "-")]
     for ax, column, label in zip(axes, ("valid", "judge_ppl"), ("valid, share of samples", "perplexity under the causal model, per token")):
         for run, name, steps, color, style in lines:
             rows = [[r for r in rows if (r["row"], r.get("steps")) == (name, steps) and column in r] for rows in swept.get(run, [])]

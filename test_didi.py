@@ -406,7 +406,7 @@ def test_sdtt_target_comes_from_the_step_that_reveals():
     torch.manual_seed(0)
     table, n, t, dt = torch.randn(16, 2, 3), 40000, 0.8, 0.5
     z, log_p = masks(n, 2), table.log_softmax(-1)
-    target = didi.sdtt_target(lookup(table), z, torch.full((n,), t), dt, MASK).view(n, 2, 3)
+    target = didi.sdtt_target(lookup(table), z, torch.full((n,), t), torch.full((n,), dt), MASK).view(n, 2, 3)
     first = denoising(table, t, t - dt / 2)[index(masks(1, 2))[0]]  # law of the state after the first of the two steps, (S,)
     possible = torch.where((Z[2] == MASK)[..., None], log_p, log_p[-1]).flatten(1)  # masked still: from there, else from the start
     kinds, kind = torch.unique(possible, dim=0, return_inverse=True)
@@ -415,7 +415,7 @@ def test_sdtt_target_comes_from_the_step_that_reveals():
     assert near.min(1).values.max() < 1e-4 and len(kinds) == 7  # neither, either or both revealed by the first step: 1 + 3 + 3, both as neither
     check_law(near.argmin(1), law)
     some = torch.tensor([[MASK, 1], [0, 2]])
-    assert torch.allclose(didi.sdtt_target(lookup(table), some, torch.ones(2), 1.0, MASK), log_p[index(some[:1])][0, :1])
+    assert torch.allclose(didi.sdtt_target(lookup(table), some, torch.ones(2), torch.ones(2), MASK), log_p[index(some[:1])][0, :1])
 
 
 def test_sdtt_brings_one_step_of_the_student_near_two_of_the_teacher():
@@ -427,7 +427,7 @@ def test_sdtt_brings_one_step_of_the_student_near_two_of_the_teacher():
     student = torch.randn(16, 2, 3).requires_grad_()
     optimizer, z = torch.optim.Adam([student], 0.05), masks(512, 2)
     for _ in range(200):
-        target = didi.sdtt_target(lookup(teacher), z, torch.ones(512), 1.0, MASK)
+        target = didi.sdtt_target(lookup(teacher), z, torch.ones(512), torch.ones(512), MASK)
         optimizer.zero_grad()
         didi.kl_to_teacher(didi.predict(lookup(student), z, z == MASK), target, "forward").mean().backward()
         optimizer.step()
@@ -546,6 +546,9 @@ def test_guided_sampler_counts_both_networks(positions):
         x, nfe, calls = didi.guided_sample(denoiser, guide, z, 6, MASK, positions, M=4)
         assert nfe.item() == sum(asked) <= (z == MASK).sum() and calls.item() == guide.rows and torch.equal(z, before)
         assert torch.equal(x[z != MASK], z[z != MASK]) and (x != MASK).all()
+    guide = TableDiscriminator(torch.randn(64, 3))
+    _, _, calls = didi.guided_sample(denoiser, guide, masks(400, 3), 8, MASK, positions, M=4, noise_max=0.25)  # s = 1/4, 1/8, 0: 3 guided
+    assert calls.sum() == guide.rows and calls.max() == (1 + 4 if positions == "masked" else 1 + 1 + 4)  # the first half is tilted; masked: blind at 0
     _, nfe, calls = didi.guided_sample(denoiser, guide, masks(400, 3), 1, MASK, positions, M=4, switch=0.0)
     assert (nfe == 1).all() and (calls == (0 if positions == "masked" else 4)).all()  # trained on masks alone: blind at s = 0
 
@@ -797,7 +800,7 @@ def test_resume_is_the_uninterrupted_run_bit_for_bit(tiny, monkeypatch, stop_aft
 
 @pytest.mark.parametrize("flags", [["--paper", "--groups", "2", "--reference", "data"], ["--no-ism"], ["--no-group_norm"], ["--kl", "0"], ["--K", "3"],
                                    ["--share", "level"], ["--start", "mask"], ["--positions", "masked"], ["--coupled"], ["--w", "--pi"],
-                                   ["--objective", "sdtt"], ["--entropy", ".1"], ["--kl_kind", "jeffreys"], ["--kl_kind", "forward"], ["--beta", "2", "2"]])
+                                   ["--objective", "sdtt", "--disc_warmup", "0", "--rounds", "4", "2"], ["--entropy", ".1"], ["--kl_kind", "jeffreys"], ["--kl_kind", "forward"], ["--beta", "2", "2"]])
 def test_every_switch_of_distill_changes_the_student(tiny, flags):
     def run(flags, out):
         assert not distill.main(TINY_DISTILL + flags + ["--out", out])
@@ -831,7 +834,7 @@ def test_bad_input_is_one_line_and_nothing_is_lost(tiny, capsys):
     for flags, word in ((["--steps", "0"], "--steps"), (["--num", "0"], "--num"), (["--temperature", "0"], "--temperature"), (["--temperature", "nan"], "--temperature"),
                         (["--prompt", "x" * 25], "24"), (["--prompt", "caf\xe9"], "ASCII"), (["--infill", "a\nb"], "ASCII"), (["--device", "abacus"], "abacus"),
                         (["--prompt", "a", "--infill", "b"], "--infill"), (["--student", "out/teacher.pt"], "teacher"), (["--sampler", "rgas", "--model", "teacher"], "rgas"),
-                        (["--sampler", "rgas", "--candidates", "0"], "--candidates"), (["--eval", "--json", "no/such/folder.json"], "--json"), (["--table", "out/teacher.pt"], "results")):
+                        (["--sampler", "rgas", "--candidates", "0"], "--candidates"), (["--eval", "--json", "no/such/folder.json"], "no/such/folder.json"), (["--table", "out/teacher.pt"], "results")):
         refused(sample.main, flags, capsys, word)
     cut = whole[:len(whole) // 2]
     (tiny / "cut.pt").write_bytes(cut)
@@ -894,6 +897,8 @@ def test_equal_entropy_by_hand():
     assert sample.steps_to_match(better, 2.0) == float("inf")
     worse = [r | {"valid": r["valid"] - 0.6} if r["row"] == "student" else r for r in rows]
     assert sample.steps_to_match(worse, 2.0) == 4
+    unknown = [r for r in better if r.get("steps") != 256]  # the teacher at 256 steps was not measured
+    assert all(v != v for v in (sample.steps_to_match(unknown, 2.0), sample.steps_to_match(rows, 2.3)))
 
 
 def test_sweep_judge_pictures_and_bench(tiny, capsys):
@@ -965,7 +970,7 @@ def test_gpt2_as_the_judge(tiny, monkeypatch, capsys):
     gpt2.save_pretrained("gpt2")
     args, device = sample.parse_flags(["--eval", "--judge", "gpt2"])
     tokenizer, texts = train_teacher.make_tokenizer(), ["def f(x):", "def go():"]
-    judge = sample.make_judge(args, {}, tokenizer)
+    judge = sample.make_judge(args, {}, tokenizer, device)
     loss = [gpt2(ids, labels=ids).loss for ids in (torch.tensor([[256, *s.encode(), 256]]) for s in texts)]  # the package's own mean
     by_hand = (sum(n * (len(s) + 1) for n, s in zip(loss, texts)) / sum(len(s) + 1 for s in texts)).exp()
     assert judge(train_teacher.encode(texts, tokenizer, 24)) == pytest.approx(by_hand.item(), rel=1e-4)
@@ -1020,3 +1025,33 @@ def test_the_readmes_first_command_at_toy_size(tmp_path):
     out, err = run.communicate(timeout=60)
     assert run.returncode == 130 and "--resume" in out and "Traceback" not in err
     assert torch.load(tmp_path / "long.pt", weights_only=True)["step"] >= 10
+
+
+def bench_samplers(B=2, timed=8):
+    """python test_didi.py: time and memory of the usual sampler against didi.sample, on GPT-2's vocabulary with a random network.
+
+    Each step of the usual one costs the same: beyond `timed` of them the rest is extrapolated.
+    """
+    torch.set_num_threads(os.cpu_count())
+    torch.manual_seed(0)
+    device = model.pick_device(args := model.argparse.Namespace(device="auto", bf16=None))
+    net = model.Denoiser(model.Config(vocab_size=50258, length=256, n_layer=6, n_head=6, n_embd=384)).to(device).requires_grad_(False)
+    net.bf16, mask_id = args.bf16, net.config.mask_id
+    z = torch.full((B, 256), mask_id, device=device)
+    print(f"V = 50258, L = 256, 6 blocks x 384, batch {B}, {device}, {'bfloat16' if args.bf16 else 'float32'}")
+    for steps in (8, 64, 1024):
+        seconds, mib = [], []
+        for run in (lambda: usual_sample(net, z, steps, mask_id, min(steps, timed)), lambda: didi.sample(net, z, steps, mask_id)):
+            run() if steps == 8 else None  # warm-up
+            model.reset_peak_memory(device)
+            begin = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - begin)
+            mib.append(model.peak_memory(device))
+        seconds[0] *= (steps + 1) / (min(steps, timed) + 1)
+        print(f"{steps} steps: usual {seconds[0]:.2f} s, {mib[0]:.0f} MiB; reveal-first {seconds[1]:.2f} s, {mib[1]:.0f} MiB; "
+              f"ratio of times {seconds[0] / seconds[1]:.1f}, of memory {mib[0] / mib[1]:.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    bench_samplers()

@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import didi
-from model import (Config, add_machine_flags, Denoiser, catch_interrupt, interrupted_at, parse_resumable, pick_device, rng_state, run_script,
-                   save_checkpoint, set_rng_state, update_ema)
+from model import (Config, Denoiser, add_machine_flags, catch_interrupt, interrupted_at, parse_resumable, pick_device, rng_state,
+                   run_script, save_checkpoint, set_rng_state, update_ema)
 
 
 # -------------------------------------------------------------------------------------------------- data and tokenizer
@@ -230,7 +230,8 @@ def main(argv=None):
     if args.compile:
         model.trunk = torch.compile(model.trunk)
     n = sum(p.numel() for p in model.parameters())
-    print(f"{len(train)} training lines, {len(data['val'])} validation lines, L = {args.length}; {n / 1e6:.2f} M parameters on {device}, {'bfloat16' if args.bf16 else 'float32'}")
+    print(f"{len(train)} training lines, {len(data['val'])} validation lines, L = {args.length}; {n / 1e6:.2f} M parameters on {device}, "
+          f"{'bfloat16' if args.bf16 else 'float32'}")
 
     def save(step):
         save_checkpoint(args.out, config, kind=kind, model=model.state_dict(), ema=ema.state_dict(), step=step,
