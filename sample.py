@@ -294,7 +294,8 @@ def table_plan(args, nets):
     if args.sweep:
         plan = [(name, n, T, "ancestral") for name, steps in SWEEP.items() for n in steps for T in TEMPERATURES]
     else:
-        plan = [("teacher", n, 1.0, "ancestral") for n in (4, 8, 16, 64, 256)] + [("teacher", 8, T, "ancestral") for T in (0.9, 0.8, 0.7)]
+        plan = [("teacher", n, 1.0, "ancestral") for n in (4, 8, 16, 64, 256)]
+        plan += [("teacher", 8, T, "ancestral") for T in (1.1, 0.9, 0.8, 0.7)]
         plan += [("student", n, 1.0, "ancestral") for n in (4, 8, 16)] + [("autoregressive", None, 1.0, "")]
     plan = [(name, n, T, "autoregressive" if n is None else sampler) for name, n, T, sampler in plan]
     if "discriminator" in nets.get("student", ()):
@@ -308,7 +309,7 @@ def load_all(args, tokenizer, device, kinds):
     if os.path.isfile(args.causal):
         nets["autoregressive"] = load_net("causal", args, tokenizer, device)
     if len({(net["config"].vocab_size, net["config"].length) for net in nets.values()}) > 1:
-        raise ValueError("the checkpoints differ in vocabulary or length: make them all from one teacher's data and flags")
+        raise ValueError("the checkpoints differ in vocabulary or length: make them all from the same data and flags, or give another --causal")
     return nets
 
 
