@@ -244,7 +244,8 @@ def sdtt_target(teacher, z_t, t, dt, mask_id):
     """What two teacher steps t -> t - dt/2 -> t - dt predict, for a student to match in one (SDTT, arXiv 2410.21035).
 
     z_t (B, L), t and dt <= t (B,). Returns log_p_x (n, V) at the n masked positions of z_t: from the first step where that reveals
-    them, else from the second.
+    them, else from the second. The mean over the teacher's paths is its prediction at z_t if it is consistent: it takes a KL
+    that prefers modes ("reverse") to gain anything.
     """
     where = z_t == mask_id
     target = predict(teacher, z_t, where)
