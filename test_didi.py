@@ -419,7 +419,7 @@ def test_sdtt_target_comes_from_the_step_that_reveals():
 
 
 @pytest.mark.parametrize("kind", ["forward", "reverse"])
-def test_sdtt_drives_the_student_to_the_mean_of_the_targets(kind):
+def test_sdtt_is_at_rest_at_the_mean_of_the_targets(kind):
     """Forward KL to their arithmetic mean, which for an exact teacher is its own prediction; reverse KL to the geometric mean."""
     torch.manual_seed(0)
     teacher = exact_table(stutter(2) ** 2, 2)  # strong ties between the positions
@@ -427,17 +427,16 @@ def test_sdtt_drives_the_student_to_the_mean_of_the_targets(kind):
     law = denoising(teacher, 1.0, 0.5)[-1]  # of the state after the first of two steps from all masks, (S,)
     log_target = torch.where((Z[2] == MASK)[..., None], log_p, log_p[-1])  # (S, L, V)
     arithmetic, geometric = torch.einsum("s,slv->lv", law, log_target.exp()), torch.einsum("s,slv->lv", law, log_target).softmax(-1)
-    goal = arithmetic if kind == "forward" else geometric
     assert torch.allclose(arithmetic, log_p[-1].exp(), atol=1e-5) and (geometric - arithmetic).abs().max() > 0.03
-    student = torch.randn(16, 2, 3).requires_grad_()
-    optimizer, z, one = torch.optim.Adam([student], 0.2), masks(4096, 2), torch.ones(4096)
-    for step in range(150):
-        optimizer.param_groups[0]["lr"] = 0.2 * (1 - step / 150)
-        target = didi.sdtt_target(lookup(teacher), z, one, one, MASK)
-        optimizer.zero_grad()
-        didi.kl_to_teacher(didi.predict(lookup(student), z, z == MASK), target, kind).mean().backward()
-        optimizer.step()
-    assert (student[-1].softmax(-1) - goal).abs().max() < 0.008
+    z, one = masks(100000, 2), torch.ones(100000)
+    target = didi.sdtt_target(lookup(teacher), z, one, one, MASK)
+
+    def slope(p):  # of the loss at the student p (L, V), by its logits
+        student = p.log().expand(16, 2, 3).clone().requires_grad_()
+        loss = didi.kl_to_teacher(didi.predict(lookup(student), z, z == MASK), target, kind).mean()
+        return torch.autograd.grad(loss, student)[0].abs().max()
+    goal, other = (arithmetic, geometric) if kind == "forward" else (geometric, arithmetic)
+    assert slope(goal) < 0.1 * slope(other)
 
 
 # ------------------------------------------------------------------------------------------------- the whole loop, and the sign
