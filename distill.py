@@ -98,6 +98,12 @@ def parse_flags(argv=None):
     if not ckpt:
         p.set_defaults(**(PAPER if args.paper else {}) | (SDTT if args.objective == "sdtt" else {}))
         args = p.parse_args(argv)
+    check_flags(args)
+    return args, pick_device(args), ckpt
+
+
+def check_flags(args):
+    """ValueError with one line for what argparse can't see."""
     if min(args.groups, args.G, args.K, args.steps, args.disc_batch, args.eval_every, args.eval_samples) < 1:
         raise ValueError("--groups, --G, --K, --steps, --disc_batch and --eval_* must all be at least 1")
     if args.objective == "sdtt" and (args.disc_warmup or args.steps < len(args.rounds) or min(args.rounds) < 1):
@@ -106,7 +112,6 @@ def parse_flags(argv=None):
         raise ValueError(f"--t_range {args.t_range[0]} {args.t_range[1]}: give two levels, 0 < low <= high <= 1")
     if args.disc_batch > args.groups * args.G:
         raise ValueError(f"--disc_batch {args.disc_batch} is more than the {args.groups * args.G} samples of an update (groups * G)")
-    return args, pick_device(args), ckpt
 
 
 def start_states(reference, groups, args, mask_id):
