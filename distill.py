@@ -25,7 +25,7 @@ import didi
 from model import (Discriminator, add_machine_flags, build_denoiser, build_discriminator, catch_interrupt, interrupted_at,
                    load_checkpoint, parse_resumable, pick_device, rng_state, run_script, save_checkpoint, set_rng_state, spread,
                    update_ema, write_json)
-from train_teacher import load_data, make_tokenizer, quality
+from train_teacher import load_data, quality
 
 # What the paper does, at our size: all-mask starts, groups of 4 that share levels, coupled time, 1/t weights, both regularisers.
 PAPER = {"start": "mask", "share": "level", "groups": 32, "G": 4, "coupled": True, "noise_max": 1.0, "w": True, "pi": True, "positions": "masked",
@@ -163,7 +163,7 @@ def descend(loss, net, optimizer):
 
 
 @torch.no_grad()
-def evaluate(model, num, tokenizer, known, device, steps=(4, 8, 16), disc=None, positions=None, noise_max=1.0):
+def evaluate(model, num, data, device, steps=(4, 8, 16), disc=None, positions=None, noise_max=1.0):
     """{"valid@4": .., "entropy@4": .., "length@4": .., ..} of `num` samples in 4, 8 and 16 steps, guided if there is a discriminator.
 
     Always with the same random numbers.
@@ -175,8 +175,8 @@ def evaluate(model, num, tokenizer, known, device, steps=(4, 8, 16), disc=None, 
             z = torch.full((num, model.config.length), mask_id, device=device)
             x = (didi.guided_sample(model, disc, z, n, mask_id, positions, noise_max=noise_max)[0] if disc else
                  didi.sample(model, z, n, mask_id)[0])
-            q = quality(x, tokenizer, known)
-            row.update({f"{k}@{n}": q[k] for k in ("valid", "entropy", "length")})
+            q = quality(x, data)
+            row.update({f"{k}@{n}": q[k] for k in data["shown"]})
     return row
 
 
@@ -288,19 +288,21 @@ def ablate(path, argv, device, num=1000):
     so_far = list(itertools.accumulate(CUMULATIVE.values(), lambda a, b: f"{a} {b}"))
     runs = [*zip(CUMULATIVE, so_far), *ONE_CHANGE.items()]
     runs = [(label, flags.split(), seed) for seed in ("0", "1", "2") for label, flags in runs]
-    out, done = os.path.join("out", "ablation.pt"), None
+    out, done, data = os.path.join("out", "ablation.pt"), None, None
     for label, flags, seed in tqdm([run for run in runs if run[2] not in results.get(run[0], {})], desc="ablation", unit="run"):
         if done != (flags, seed) and main([*argv, *flags, "--ablate", "", "--seed", seed, "--out", out, "--eval_every", "1000000"]):
             return 130
         done = flags, seed
         ckpt, config = load_checkpoint(out, "student", device)
-        model, tokenizer = build_denoiser(config, ckpt["ema"], device, ckpt["flags"]["bf16"]).requires_grad_(False), make_tokenizer()
-        disc, known = build_discriminator(model, ckpt) if "guided" in label else None, load_data(config.length, tokenizer)["known"]
-        row = evaluate(model, num, tokenizer, known, device, (4, 8, 16, 32), disc, ckpt["flags"]["positions"],
+        model = build_denoiser(config, ckpt["ema"], device, ckpt["flags"]["bf16"]).requires_grad_(False)
+        disc = build_discriminator(model, ckpt) if "guided" in label else None
+        data = data or load_data(ckpt["data"], config.length)
+        row = evaluate(model, num, data, device, (4, 8, 16, 32), disc, ckpt["flags"]["positions"],
                        1.0 if ckpt["flags"]["coupled"] else ckpt["flags"]["noise_max"])
         results.setdefault(label, {})[seed] = row | {"flags": ckpt["flags"]}
         write_json(path, results)
-    columns = [f"valid@{n}" for n in (4, 8, 16, 32)] + ["entropy@8", "length@8"]
+    shown = [k.split("@")[0] for k in next(iter(next(iter(results.values())).values())) if k.endswith("@8")]
+    columns = [f"{shown[0]}@{n}" for n in (4, 8, 16, 32)] + [f"{name}@8" for name in shown[1:]]
     print("| | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 1))
     for label, rows in results.items():
         print(f"| {label} | " + " | ".join(spread([r[c] for r in rows.values()], 1 if "length" in c else 3) for c in columns) + " |")
@@ -312,19 +314,18 @@ def main(argv=None):
         return ablate(args.ablate, sys.argv[1:] if argv is None else argv, device)
     torch.manual_seed(args.seed)
     loaded, config = load_checkpoint(args.teacher.format(seed=args.seed), "teacher", device)
-    tokenizer = make_tokenizer()
     teacher = build_denoiser(config, loaded["ema"], device, args.bf16).requires_grad_(False)
-    data = load_data(config.length, tokenizer)
+    data = load_data(loaded["data"], config.length)
     reference = teacher_samples(teacher) if args.reference == "teacher" else data["train"].to(device)
     nets, first = networks(args, config, teacher, device, ckpt)
     update = didi_update if args.objective == "didi" else sdtt_update
 
     def report():
-        return evaluate(nets["ema"], args.eval_samples, tokenizer, data["known"], device)
+        return evaluate(nets["ema"], args.eval_samples, data, device)
 
     def save(step):
-        save_checkpoint(args.out, config, kind="student", step=step, rng=rng_state(device), flags=vars(args), tokenizer="bytes",
-                        **{name: net.state_dict() for name, net in nets.items()})
+        save_checkpoint(args.out, config, kind="student", step=step, rng=rng_state(device), flags=vars(args), tokenizer=data["kind"],
+                        data=loaded["data"], **{name: net.state_dict() for name, net in nets.items()})
     os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
     total, interrupted = args.disc_warmup + args.steps, catch_interrupt()
     with open(os.path.splitext(args.out)[0] + ".jsonl", "a" if ckpt else "w") as log, \

@@ -187,6 +187,8 @@ def load_checkpoint(path, kind, device="cpu"):
     if ckpt.get("kind") != kind:
         raise ValueError(f"{path} holds a {ckpt.get('kind')}, but a {kind} is needed here")
     try:
+        for part in ("data", "tokenizer", "flags", "ema"):
+            ckpt[part]
         return ckpt, Config(**ckpt["config"])
     except (KeyError, TypeError):
         raise ValueError(f"{path} was written by another version of this project: make it again") from None

@@ -3,6 +3,7 @@
     python sample.py --steps 8                               # 16 samples of out/student.pt
     python sample.py --prompt "def load(" --watch            # go on from a beginning; the text unmasks live
     python sample.py --infill "def get_????(self, ????):"    # each ? is one unknown character
+    python sample.py --num 100 --length 90 --out p.fasta     # of a protein model: 100 sequences of 90 amino acids
     python sample.py --eval --json out/eval.json             # the table: held-out data, teacher, student, autoregressive model
     python sample.py --eval --sweep --json out/eval.json     # every step count at six temperatures: quality against entropy
     python sample.py --table assets/nano.json                # mean and spread over the seeds in such a file, and at equal entropy
@@ -30,12 +31,13 @@ from tqdm import tqdm
 import didi
 from model import (add_machine_flags, build_denoiser, build_discriminator, load_checkpoint, peak_memory, pick_device,
                    reset_peak_memory, run_script, spread, write_json)
-from train_teacher import autoregress, causal_nll, decode, encode, load_data, make_tokenizer, quality, until_end
+from train_teacher import AMINO_ACIDS, autoregress, causal_nll, decode, encode, load_data, make_tokenizer, quality, until_end
 
 RANGES = {"steps": (1, 10_000), "num": (1, 1_000_000), "temperature": (0.01, 100), "guidance": (0, 100), "candidates": (1, 256),
           "switch": (0, 1), "batch": (1, 1_000_000), "delay": (0, 60), "eval_samples": (1, 1_000_000), "seed": (0, 2**63 - 1)}
 COLUMNS = ("row", "steps", "T", "nfe", "disc_calls", "valid", "valid_se", "judge_ppl", "distinct", "novel", "length", "entropy",
-           "seq_per_s")
+           "ks", "js1", "js2", "low", "seq_per_s")
+NOT_OF = {"bytes": ("ks", "js1", "js2", "low"), "protein": ("valid", "valid_se")}  # columns that a kind of data lacks
 SWEEP = {"teacher": (4, 8, 16, 32, 64, 256), "student": (4, 8, 16, 32), "autoregressive": (None,)}  # steps, each at these ..
 TEMPERATURES = (1.2, 1.1, 1.0, 0.9, 0.8, 0.7)
 
@@ -53,6 +55,7 @@ def parse_flags(argv=None):
     g.add_argument("--num", type=int, default=16, help="samples to print, one a line")
     g.add_argument("--temperature", type=float, default=1.0, help="divides the logits; 1 = the model's own distribution")
     g.add_argument("--batch", type=int, default=256, help="B, sequences per forward: as memory allows")
+    g.add_argument("--out", metavar="FILE", help="write the samples there: as FASTA if it ends in .fasta or .fa, else one a line")
     g = p.add_argument_group("reward-guided ancestral sampler (RGAS), for the student")
     g.add_argument("--sampler", choices=("ancestral", "rgas"), default="ancestral", help="rgas asks the discriminator too")
     g.add_argument("--guidance", type=float, default=1.0, help="h, weight of the reward's gradient; 1 = first-order p * exp(r)")
@@ -63,6 +66,7 @@ def parse_flags(argv=None):
     g.add_argument("--infill", help="fixed text with gaps: each gap character is one unknown character; what follows is free")
     g.add_argument("--gap", choices=tuple("?#@~^_*"), default="?", help="the gap character; ? is rare in Python, unlike _ and *")
     g.add_argument("--exact", action="store_true", help="nothing follows the --infill text")
+    g.add_argument("--length", type=int, metavar="N", help="texts of exactly N characters")
     g.add_argument("--watch", action="store_true", help="show every step; best with --num 1 to 10. Without a terminal: a line a step")
     g.add_argument("--delay", type=float, default=0.3, help="seconds between two steps on the terminal")
     g = p.add_argument_group("evaluation")
@@ -88,7 +92,8 @@ def check_flags(args, given):
     for name, (low, high) in RANGES.items():
         if not low <= getattr(args, name) <= high:  # NaN is in no range
             raise ValueError(f"--{name} is {getattr(args, name)}: choose from {low} to {high}")
-    rgas, whole_table = args.sampler == "rgas", {"steps", "num", "temperature", "sampler", "prompt", "infill", "watch"}
+    rgas, whole_table = args.sampler == "rgas", {"steps", "num", "temperature", "sampler", "prompt", "infill", "watch", "length",
+                                                 "out"}
     measure = args.eval or args.bench
     for names, wrong, advice in [
             (whole_table, measure or args.animate, "--eval, --bench and --animate choose this themselves: leave it out"),
@@ -97,6 +102,7 @@ def check_flags(args, given):
             ({"model"}, args.eval, "--eval has --rows for that"), ({"label"}, args.json is None, "belongs to --json FILE: add that"),
             ({"guidance", "candidates", "switch"}, not (rgas or measure), "only the guided sampler uses it: add --sampler rgas"),
             ({"gap", "exact"}, args.infill is None, "belongs to --infill TEXT: add that"),
+            ({"length"}, args.exact, "--exact ends the text already: leave one of them out"),
             ({"prompt"}, args.infill is not None, "--infill is given too: put the beginning into its text"),
             ({"watch"}, rgas, "shows the ancestral sampler alone: leave out --sampler rgas"),
             ({"sampler"}, rgas and args.model == "teacher", "rgas needs the student's discriminator: use --model student")]:
@@ -104,6 +110,8 @@ def check_flags(args, given):
             raise ValueError(f"--{min(names & given)}: {advice}")
     if args.json is not None:  # an unwritable path must not show after minutes of work
         write_json(args.json, read_json(args.json) if os.path.exists(args.json) else {})
+    if args.out is not None and not os.path.isdir(os.path.dirname(os.path.abspath(args.out))):
+        raise ValueError(f"--out {args.out!r}: there is no such folder")
 
 
 def read_json(path):
@@ -117,15 +125,16 @@ def read_json(path):
         raise ValueError(f"{path!r} is no results file of --eval --json: name another") from None
 
 
-def load_net(kind, args, tokenizer, device):
-    """{"device", "config", "flags", "denoiser"} of a checkpoint; a DiDi student has "discriminator", "positions" too. ValueError if odd."""
+def load_net(kind, args, device):
+    """{"device", "config", "flags", "data", "tokenizer", "eos", "denoiser"} of a checkpoint; a DiDi student has "discriminator", "positions" too. ValueError if odd."""
     path = getattr(args, kind)
     ckpt, config = load_checkpoint(path, kind, device)
     guided = kind == "student" and ckpt.get("flags", {}).get("objective") != "sdtt"
     missing = {"ema", *(("disc", "disc_blocks", "positions", "coupled", "noise_max") if guided else ())} - ckpt.keys() - ckpt.get("flags", {}).keys()
-    if missing or config.vocab_size != tokenizer.n_vocab:
-        raise ValueError(f"{path} lacks {', '.join(sorted(missing)) or 'the byte tokenizer'}: another version wrote it, make it again")
-    net = {"device": device, "config": config, "flags": ckpt["flags"], "eos": tokenizer.eot_token,
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: another version wrote it, make it again")
+    tokenizer = make_tokenizer(ckpt["tokenizer"])
+    net = {"device": device, "config": config, "flags": ckpt["flags"], "data": ckpt["data"], "tokenizer": tokenizer, "eos": tokenizer.eot_token,
            "denoiser": build_denoiser(config, ckpt["ema"], device, args.bf16).requires_grad_(False)}
     if guided:
         net |= {"discriminator": build_discriminator(net["denoiser"], ckpt), "positions": ckpt["flags"]["positions"],
@@ -135,23 +144,29 @@ def load_net(kind, args, tokenizer, device):
 
 # ---------------------------------------------------------------------------------------------------------------- sampling
 def given_tokens(args, config, tokenizer):
-    """What is fixed before sampling: z (L,), masks elsewhere, and gap (L,), True where the --infill text has a gap."""
+    """What is fixed before sampling: z (L,), masks elsewhere, and inside (L,), True where the text must not end."""
     name, text = ("prompt", args.prompt or "") if args.infill is None else ("infill", args.infill)
-    odd = next((c for c in text if not (c.isascii() and c.isprintable())), None)
+    protein, gaps = tokenizer.name == "protein", args.gap if name == "infill" else ""
+    text = text.upper() if protein else text
+    odd = next((c for c in text if c not in gaps and not (c in AMINO_ACIDS if protein else c.isascii() and c.isprintable())), None)
     if odd:
-        raise ValueError(f"--{name} holds {odd!a}: the model knows printable ASCII characters only")
-    if len(text) > config.length:
-        raise ValueError(f"--{name} has {len(text)} characters, but the model writes lines of at most {config.length}: shorten it")
-    z, after = encode([text], tokenizer, config.length)[0], torch.arange(config.length) >= len(text)  # (L,)
-    gap = (z == ord(args.gap)) & (name == "infill")
-    return z.masked_fill(gap if args.exact else gap | after, config.mask_id), gap
+        raise ValueError(f"--{name} holds {odd!a}: the model knows {'amino acids' if protein else 'printable ASCII characters'} only")
+    end = config.length if args.length is None else args.length
+    if not max(len(text), 1) <= end <= config.length:
+        raise ValueError(f"--{name} has {len(text)} characters, but the model writes texts of at most {config.length} and --length asks "
+                         f"for {end}" if args.length is not None else
+                         f"--{name} has {len(text)} characters, but the model writes texts of at most {config.length}: shorten it")
+    place, gap = torch.arange(config.length), torch.tensor([c in gaps and c != "" for c in text.ljust(config.length, "A")])  # (L,)
+    z = encode(["".join("A" if c in gaps else c for c in text)], tokenizer, config.length)[0]
+    free = gap | ((place >= len(text)) & (place < end) & (not args.exact))
+    return z.masked_fill(free, config.mask_id), gap if args.length is None else place < end
 
 
-def never_end_at(gap, denoiser, eos):
-    """The same denoiser, unable to end the text at gap (L,): the given text behind a gap would be cut off."""
+def never_end_at(inside, denoiser, eos):
+    """The same denoiser, unable to end the text at inside (L,): given text behind a gap would be cut off, or --length missed."""
     def constrained(z, where):
         logits = denoiser(z, where)  # (n, V)
-        logits[gap.to(z.device).expand_as(where)[where], eos] = -math.inf
+        logits[inside.to(z.device).expand_as(where)[where], eos] = -math.inf
         return logits
     return constrained
 
@@ -205,20 +220,32 @@ def watcher(args, mask_id, tokenizer):
     return on_step
 
 
-def print_samples(args, device, tokenizer):
+def save_texts(path, texts, how):
+    """Write texts to a file by way of a temporary one: FASTA with `how` in the headers, or one text a line."""
+    fasta = path.endswith((".fasta", ".fa"))
+    with open(f"{path}.partial", "w") as f:
+        f.writelines(f">didi_{i + 1} {how}\n{text}\n" if fasta else f"{text}\n" for i, text in enumerate(texts))
+    os.replace(f"{path}.partial", path)
+
+
+def print_samples(args, device):
     """Load one model, write --num texts and print them below a line that says how."""
-    net = load_net(args.model, args, tokenizer, device)
+    net = load_net(args.model, args, device)
+    tokenizer = net["tokenizer"]
     if args.sampler == "rgas" and "discriminator" not in net:
         raise ValueError(f"{args.student} was made by --objective sdtt and has no discriminator: use --sampler ancestral")
-    z, gap = given_tokens(args, net["config"], tokenizer)
-    net["denoiser"] = never_end_at(gap, net["denoiser"], tokenizer.eot_token)
+    z, inside = given_tokens(args, net["config"], tokenizer)
+    net["denoiser"] = never_end_at(inside, net["denoiser"], tokenizer.eot_token)
     x, cost = write(net, z.repeat(args.num, 1), args, watcher(args, net["config"].mask_id, tokenizer) if args.watch else None)
     how = f"rgas (h {args.guidance:g}, M {args.candidates}, switch {args.switch:g})" if args.sampler == "rgas" else args.sampler
     clear = "\x1b[J" if args.watch and sys.stdout.isatty() else ""
     print(f"{clear}{args.model}, {args.steps} steps, {how}, temperature {args.temperature:g}, seed {args.seed}: per sequence "
           f"{cost['nfe']:.2f} denoiser and {cost['disc_calls']:.2f} discriminator calls; {cost['seq_per_s']:.1f} sequences/s"
           f"{', slowed down to be watched' if args.watch else ''}")
-    print("\n".join(map(printable, decode(x, tokenizer))))
+    texts = list(map(printable, decode(x, tokenizer)))
+    print("\n".join(texts))
+    if args.out is not None:
+        save_texts(args.out, texts, f"model={args.model} steps={args.steps} sampler={args.sampler} temperature={args.temperature:g} seed={args.seed}")
 
 
 # -------------------------------------------------------------------------------------------------------------- evaluation
@@ -258,10 +285,10 @@ def make_judge(args, nets, tokenizer, device):
     return perplexity
 
 
-def table_line(row):
+def table_line(row, columns):
     """One row of the table as aligned text, "-" where row has no such column."""
     cells = {k: v if isinstance(v, str) else f"{v:.3f}" if isinstance(v, float) else str(v) for k, v in row.items() if v is not None}
-    return f"{cells['row']:<16}" + "".join(f" {cells.get(k, '-'):>{max(len(k), 6)}}" for k in COLUMNS[1:])
+    return f"{cells['row']:<16}" + "".join(f" {cells.get(k, '-'):>{max(len(k), 6)}}" for k in columns[1:])
 
 
 def at_entropy(rows, name, steps, entropy, column="valid"):
@@ -294,42 +321,45 @@ def table_plan(args, nets):
     if args.sweep:
         plan = [(name, n, T, "ancestral") for name, steps in SWEEP.items() for n in steps for T in TEMPERATURES]
     else:
-        plan = [("teacher", n, 1.0, "ancestral") for n in (4, 8, 16, 64, 256)]
+        plan = [("teacher", n, 1.0, "ancestral") for n in (4, 8, 16, 32, 64, 256)]
         plan += [("teacher", 8, T, "ancestral") for T in (1.1, 0.9, 0.8, 0.7)]
-        plan += [("student", n, 1.0, "ancestral") for n in (4, 8, 16)] + [("autoregressive", None, 1.0, "")]
+        plan += [("student", n, 1.0, "ancestral") for n in (4, 8, 16, 32)] + [("autoregressive", None, 1.0, "")]
     plan = [(name, n, T, "autoregressive" if n is None else sampler) for name, n, T, sampler in plan]
     if "discriminator" in nets.get("student", ()):
         plan += [("student, guided", n, 1.0, "rgas") for n in ((4, 8, 16, 32) if args.sweep else (8,))]
     return [row for row in plan if row[0].split(",")[0] in nets]
 
 
-def load_all(args, tokenizer, device, kinds):
+def load_all(args, device, kinds):
     """{kind: net} for a comparison; "autoregressive" among them if its checkpoint exists. ValueError if they don't fit together."""
-    nets = {kind: load_net(kind, args, tokenizer, device) for kind in kinds}
+    nets = {kind: load_net(kind, args, device) for kind in kinds}
     if os.path.isfile(args.causal):
-        nets["autoregressive"] = load_net("causal", args, tokenizer, device)
-    if len({(net["config"].vocab_size, net["config"].length) for net in nets.values()}) > 1:
-        raise ValueError("the checkpoints differ in vocabulary or length: make them all from the same data and flags, or give another --causal")
+        nets["autoregressive"] = load_net("causal", args, device)
+    if len({(net["tokenizer"].name, net["config"].length) for net in nets.values()}) > 1:
+        raise ValueError("the checkpoints differ in tokens or length: make them all from the same data and flags, or give another --causal")
     return nets
 
 
-def evaluate(args, device, tokenizer):
+def evaluate(args, device):
     """Measure and print the table row by row, then the comparison at equal entropy; with --json write it all to a file."""
     if args.rows != "teacher" and not os.path.isfile(args.student):
         raise ValueError(f"no student at {args.student}: make it with `python distill.py`, or add --rows teacher")
-    nets, rows = load_all(args, tokenizer, device, ("teacher", "student") if args.rows == "all" else (args.rows,)), []
-    config, judge = next(iter(nets.values()))["config"], make_judge(args, nets, tokenizer, device)
+    nets, rows = load_all(args, device, ("teacher", "student") if args.rows == "all" else (args.rows,)), []
+    config = nets[next(iter(nets))]["config"]
+    data = load_data(nets[next(iter(nets))]["data"], config.length)
+    judge = make_judge(args, nets, data["tokenizer"], device)
     if args.rows != "all":
         nets.pop("autoregressive", None)
-    data = load_data(config.length, tokenizer)
+    columns = [c for c in COLUMNS if c not in NOT_OF[data["kind"]]]
 
     def add(x, **row):
-        row |= quality(x, tokenizer, data["known"]) | {"samples": len(x)} | ({"judge_ppl": judge(x)} if judge else {})
-        rows.append(row | {"valid_se": math.sqrt(row["valid"] * (1 - row["valid"]) / len(x))})
-        print(table_line(rows[-1]), flush=True)
-    print("nfe, disc_calls: network calls per sequence; valid_se: standard error of valid; judge_ppl: perplexity under "
-          f"{args.judge or 'the causal model'}{'' if judge else ' (there is none: python train_teacher.py --causal)'}; entropy in nats")
-    print(table_line({k: k for k in COLUMNS}))
+        row |= quality(x, data) | {"samples": len(x)} | ({"judge_ppl": judge(x)} if judge else {})
+        rows.append(row | ({"valid_se": math.sqrt(row["valid"] * (1 - row["valid"]) / len(x))} if "valid" in row else {}))
+        print(table_line(rows[-1], columns), flush=True)
+    print("nfe, disc_calls: network calls per sequence; judge_ppl: perplexity under "
+          f"{args.judge or 'the causal model'}{'' if judge else ' (there is none: python train_teacher.py --causal)'}; valid_se: standard "
+          "error; entropy in nats; ks, js1, js2, low: see train_teacher.protein_quality")
+    print(table_line({k: k for k in columns}, columns))
     torch.manual_seed(args.seed)
     add(data["val"][torch.randperm(len(data["val"]))[:args.eval_samples]], row="held-out data")
     z, plan = torch.full((args.eval_samples, config.length), config.mask_id), table_plan(args, nets)
@@ -339,14 +369,19 @@ def evaluate(args, device, tokenizer):
         x, cost = write(net, z, argparse.Namespace(**vars(args) | how), name=f"row {k + 1} of {len(plan)}: {name}")
         add(x, row=name, T=T, **how, **cost)
     if args.rows == "all":
-        student = next(r for r in rows if (r["row"], r.get("steps"), r.get("T")) == ("student", 8, 1.0))
-        print(f"8 steps: student valid {student['valid']:.3f} +- {student['valid_se']:.3f}, entropy {student['entropy']:.3f}; teacher at that "
-              f"entropy: valid {at_entropy(rows, 'teacher', 8, student['entropy']):.3f} (nan: outside the temperatures measured)")
-    if args.rows == "all" and args.sweep:
-        held = rows[0]["entropy"]
-        print(f"at held-out entropy {held:.3f} the teacher needs {steps_to_match(rows, held):.0f} steps to be as valid as the student in 8")
+        print_comparison(rows)
     save_run(args, {"rows": rows, "training": {kind: net["flags"] for kind, net in nets.items()}}, device,
              nets.get("student", nets.get("teacher"))["flags"]["seed"])
+
+
+def print_comparison(rows):
+    """Student and teacher at equal entropy, in the first measure of quality there is."""
+    column = next((c for c in ("valid", "judge_ppl") if c in rows[0]), None)
+    if column:
+        student, held = next(r for r in rows if (r["row"], r.get("steps"), r.get("T")) == ("student", 8, 1.0)), rows[0]["entropy"]
+        print(f"8 steps: student {column} {student[column]:.3f}, entropy {student['entropy']:.3f}; teacher at that entropy: {column} "
+              f"{at_entropy(rows, 'teacher', 8, student['entropy'], column):.3f}\nat held-out entropy {held:.3f} the teacher needs "
+              f"{steps_to_match(rows, held, column):.0f} steps for the student's {column} in 8 (nan: outside the temperatures measured)")
 
 
 def save_run(args, run, device, seed):
@@ -362,7 +397,10 @@ def save_run(args, run, device, seed):
 def print_table(path):
     """Mean +- standard deviation over seeds of the rows of a results file; then, where a sweep was made, at held-out entropy."""
     results = read_json(path)
-    shown = {"nfe": 1, "disc_calls": 1, "valid": 3, "judge_ppl": 2, "distinct": 3, "novel": 3, "length": 1, "entropy": 3}
+    shown = {"nfe": 1, "disc_calls": 1, "valid": 3, "judge_ppl": 2, "distinct": 3, "novel": 3, "length": 1, "entropy": 3,
+             "ks": 3, "js1": 4, "js2": 4, "low": 3}
+    shown = {k: digits for k, digits in shown.items()
+             if any(k in row for seeds in results.values() for run in seeds.values() for row in run["rows"])}
     print("| run | row | steps | T | " + " | ".join(shown) + " |\n|" + "---|" * (len(shown) + 4))
     for label, seeds in results.items():
         sweep = any(run["flags"].get("sweep") for run in seeds.values())
@@ -375,13 +413,14 @@ def print_table(path):
     swept = {label: [run["rows"] for run in seeds.values()] for label, seeds in results.items()
              if all(run["flags"].get("sweep") for run in seeds.values())}
     if swept:
-        print("\nAt the entropy of held-out data:\n\n| run | model | steps | valid | judge_ppl | length |\n|---|---|---|---|---|---|")
+        best = [c for c in ("valid", "judge_ppl", "length", "ks", "js2") if c in shown]
+        print("\nAt the entropy of held-out data:\n\n| run | model | steps | " + " | ".join(best) + " |\n|" + "---|" * (len(best) + 3))
     for label, seeds in swept.items():
         for name, n in dict.fromkeys((r["row"], r["steps"]) for r in seeds[0][1:] if "guided" not in r["row"]):
             cells = [spread([at_entropy(rows, name, n, rows[0]["entropy"], c) for rows in seeds], shown[c])
-                     for c in ("valid", "judge_ppl", "length")]
+                     for c in best]
             print(f"| {label} | {name} | {n or ''} | {' | '.join(cells)} |")
-        for column in ("valid", "judge_ppl"):
+        for column in [c for c in ("valid", "judge_ppl") if c in shown]:
             need = [steps_to_match(rows, rows[0]["entropy"], column) for rows in seeds]
             if need[0] == need[0]:
                 print(f"\n{label}: for the student's {column} in 8 steps the teacher needs, by seed, {', '.join(f'{n:.0f}' for n in need)} steps "
@@ -389,9 +428,9 @@ def print_table(path):
     return swept
 
 
-def bench(args, device, tokenizer):
+def bench(args, device):
     """Time each model writing one sequence at a time and --batch at a time; tokens count up to and including end-of-sequence."""
-    nets, rows = load_all(args, tokenizer, device, ("teacher", "student")), []
+    nets, rows = load_all(args, device, ("teacher", "student")), []
     plan = [("teacher", 256), ("teacher", 1024), ("student", 8), ("student", 16), ("student, guided", 8), ("autoregressive", None)]
     print("latency: seconds until a batch is written; peak_mib: memory on top of what was in use before, MiB (nan: cannot be told here)")
     print("".join(f"{name:>16}" for name in ("row", "steps", "batch", "nfe", "disc_calls", "tokens_per_s", "latency", "peak_mib")))
@@ -430,7 +469,9 @@ def plot(swept, path):
     lines = [("default", "teacher", n, "C0", style) for n, style in ((8, ":"), (32, "--"), (256, "-"))]
     lines += [("default", "student", 4, "C3", ":"), ("default", "student", 8, "C3", "-"), ("sdtt", "student", 8, "C1", "-"),
               ("default", "autoregressive", None, "k", "-")]
-    for ax, column, label in zip(axes, ("valid", "judge_ppl"), ("valid, share of samples", "perplexity under the causal model, per token")):
+    shown = {"valid": "valid, share of samples", "judge_ppl": "perplexity under the causal model, per token", "ks": "KS statistic of the lengths"}
+    first = next(iter(swept.values()))[0][0]
+    for ax, (column, label) in zip(axes, [(c, text) for c, text in shown.items() if c in first]):
         for run, name, steps, color, style in lines:
             rows = [[r for r in rows if (r["row"], r.get("steps")) == (name, steps) and column in r] for rows in swept.get(run, [])]
             if rows and rows[0]:
@@ -447,10 +488,11 @@ def plot(swept, path):
     print(f"wrote {path}")
 
 
-def animate(args, device, tokenizer, lines=10, seconds=12, fps=10):
+def animate(args, device, lines=10, seconds=12, fps=10):
     """A GIF of three models writing the same number of lines, each batch in its real time, all slowed down by one factor."""
     matplotlib, plt = pyplot()
-    nets, panels = load_all(args, tokenizer, device, ("teacher", "student")), []
+    nets, panels = load_all(args, device, ("teacher", "student")), []
+    tokenizer = nets["teacher"]["tokenizer"]
     for name, steps, sampler in (("autoregressive", None, "autoregressive"), ("teacher", 256, "ancestral"), ("student", 8, "ancestral")):
         if name not in nets:
             raise ValueError(f"no checkpoint at {args.causal}: make it with `python train_teacher.py --causal`")
@@ -488,7 +530,7 @@ def main(argv=None):
         if args.plot:
             plot(swept, args.plot)
     else:
-        (evaluate if args.eval else bench if args.bench else animate if args.animate else print_samples)(args, device, make_tokenizer())
+        (evaluate if args.eval else bench if args.bench else animate if args.animate else print_samples)(args, device)
 
 
 if __name__ == "__main__":

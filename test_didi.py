@@ -6,8 +6,10 @@ wide enough that a fresh seed would fail a correct program less than once in 10^
 The two tests of an effect (the whole loop, guidance) ask for well less than what was seen with a dozen other seeds.
 """
 import collections
+import gzip
 import importlib.util
 import json
+import lzma
 import os
 import pickle
 import re
@@ -655,7 +657,8 @@ def test_until_end():
 # ---------------------------------------------------------------------------------------------------------------- checkpoints
 def save(path, **parts):
     net = model.Denoiser(CONFIG)
-    model.save_checkpoint(path, CONFIG, **{"kind": "teacher", "model": net.state_dict(), **parts})
+    state = net.state_dict()
+    model.save_checkpoint(path, CONFIG, **{"kind": "teacher", "model": state, "ema": state, "flags": {}, "data": None, "tokenizer": "bytes", **parts})
     return net
 
 
@@ -764,16 +767,16 @@ def test_corpus_is_signatures_and_the_split_is_by_line():
 
 
 def test_tokenizer_and_metrics(tiny):
-    tokenizer = train_teacher.make_tokenizer()
+    tokenizer = train_teacher.make_tokenizer("bytes")
     assert tokenizer.n_vocab == 257 and tokenizer.eot_token == 256
     x = train_teacher.encode(["def f(x):", "def g():", "def g():", "nonsense"], tokenizer, 12)
     assert x.shape == (4, 12) and x[0, 9:].tolist() == [256] * 3
     assert train_teacher.decode(x, tokenizer) == ["def f(x):", "def g():", "def g():", "nonsense"]
-    q = train_teacher.quality(x, tokenizer, {"def f(x):"})
+    q = train_teacher.quality(x, {"kind": "bytes", "tokenizer": tokenizer, "known": {"def f(x):"}})
     assert (q["valid"], q["distinct"], q["novel"], q["length"]) == (0.75, 0.75, 0.75, (9 + 8 + 8 + 8) / 4)
     counts = [list(collections.Counter(s).values()) for s in ("def f(x):", "def g():", "def g():", "nonsense")]
     assert q["entropy"] == pytest.approx(sum(Categorical(torch.tensor(c).float()).entropy().item() for c in counts) / 4, abs=1e-5)
-    data = train_teacher.load_data(24, tokenizer)
+    data = train_teacher.load_data(None, 24)
     texts = {name: set(train_teacher.decode(data[name], tokenizer)) for name in ("train", "val")}
     assert not texts["train"] & texts["val"] and texts["train"] | texts["val"] == set(LINES) and data["known"] == texts["train"]
 
@@ -872,8 +875,8 @@ def test_evaluation_table_and_file(tiny, capsys):
     assert not sample.main(["--eval", "--eval_samples", "6", "--json", "table.json"])
     out, result = capsys.readouterr().out, json.load(open("table.json"))["default"]["0"]
     names = [r["row"] for r in result["rows"]]
-    assert names[0] == "held-out data" and result["rows"][0]["valid"] == 1 and len(names) == 14
-    assert [(r["steps"], r["T"]) for r in result["rows"] if r["row"] == "teacher"] == [(n, 1) for n in (4, 8, 16, 64, 256)] + [(8, T) for T in (1.1, 0.9, 0.8, 0.7)]
+    assert names[0] == "held-out data" and result["rows"][0]["valid"] == 1 and len(names) == 16
+    assert [(r["steps"], r["T"]) for r in result["rows"] if r["row"] == "teacher"] == [(n, 1) for n in (4, 8, 16, 32, 64, 256)] + [(8, T) for T in (1.1, 0.9, 0.8, 0.7)]
     assert all(r["nfe"] <= min(r["steps"], 24) for r in result["rows"][1:]) and names[-1] == "student, guided"
     assert 4 < result["rows"][-1]["disc_calls"] <= 1 + 1 + 4 and all(name in out for name in names) and os.listdir(".").count("table.json.partial") == 0
     content = json.load(open("table.json"))
@@ -886,7 +889,99 @@ def test_evaluation_table_and_file(tiny, capsys):
     capsys.readouterr()
     assert not sample.main(["--table", "table.json"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + 14 + 5 and all("0.500 +- 0.354" in line for line in lines[2:16]) and "other (1 seeds)" in lines[-1]
+    assert len(lines) == 2 + 16 + 6 and all("0.500 +- 0.354" in line for line in lines[2:18]) and "other (1 seeds)" in lines[-1]
+
+
+# ------------------------------------------------------------------------------------------------------------------- proteins
+FASTA = "; a comment\n>one first\nMKVL\nWAAG*\n\n>two\nmkvlbzuj\n>empty\n>same as one\nMKVLWAAG\n"
+
+
+@pytest.mark.parametrize("suffix, opener", [(".fasta", open), (".fa.gz", gzip.open), (".xz", lzma.open)])
+def test_fasta_in_all_its_forms(tmp_path, suffix, opener):
+    path = str(tmp_path / f"p{suffix}")
+    with opener(path, "wt") as f:
+        f.write(FASTA)
+    assert train_teacher.read_fasta(path) == ["MKVLWAAG", "MKVLXXXX"]
+    tokenizer = train_teacher.make_tokenizer("protein")
+    x = train_teacher.encode(["MKVLXXXX", "ACDE"], tokenizer, 10)
+    assert tokenizer.n_vocab == 22 and x[0, 8:].tolist() == [21, 21] and train_teacher.decode(x, tokenizer) == ["MKVLXXXX", "ACDE"]
+
+
+@pytest.mark.parametrize("content, word", [("hello\n>x\nACD", "line 1"), (">x\nACD\nAC-D", "line 3"), (">x\nAC1", "line 2"), ("\xe9", "FASTA"), ("", "corpus")])
+def test_what_is_no_fasta_is_named_by_its_line(tiny, capsys, content, word):
+    (tiny / "p.fasta").write_text(content)
+    refused(train_teacher.main, TINY + ["--data", "p.fasta"], capsys, "p.fasta", word)
+    assert not (tiny / "out/teacher.pt").exists()
+
+
+def test_broken_compressed_fasta_is_refused(tiny, capsys):
+    for name in ("p.fasta.gz", "p.fasta.xz", "none.fasta"):
+        if "none" not in name:
+            (tiny / name).write_bytes((gzip if name.endswith("gz") else lzma).compress(FASTA.encode() * 99)[:60])
+        refused(train_teacher.main, TINY + ["--data", name], capsys, name)
+
+
+def write_proteins(path, n=120):
+    torch.manual_seed(0)
+    letters = train_teacher.AMINO_ACIDS[:20]
+    texts = ["".join(letters[i] for i in torch.randint(20, (int(length),))) for length in torch.randint(8, 32, (n,))]
+    path.write_text("".join(f">{i}\n{s}\n" for i, s in enumerate(texts)))
+    return texts
+
+
+def test_long_sequences_are_dropped_or_cropped_and_counted(tiny, capsys):
+    texts = write_proteins(tiny / "p.fasta")
+    fit = {s for s in texts if len(s) <= 24}
+    dropped = train_teacher.load_data({"path": "p.fasta", "long": "drop"}, 24)
+    assert dropped["known"] < fit and len(dropped["train"]) + len(dropped["val"]) == len(fit)
+    assert f"{len(texts)} unique sequences, {len(texts) - len(fit)} of them longer than 24: dropped, {len(fit)} left" in capsys.readouterr().out
+    cropped = train_teacher.load_data({"path": "p.fasta", "long": "crop"}, 24)
+    assert len(cropped["train"]) + len(cropped["val"]) == len(texts) and max(map(len, cropped["known"])) == 24
+
+
+def test_protein_metrics_by_hand():
+    tokenizer = train_teacher.make_tokenizer("protein")
+    val, known = ["ACDEFGHIKL", "ACDEF", "MNPQRSTVWY"], {"ACDEFGHIKLMNPQ", "WWWWWYYYYY"}
+    data = {"kind": "protein", "tokenizer": tokenizer, "known": known, "val": train_teacher.encode(val, tokenizer, 20)}
+    same = train_teacher.quality(data["val"], data)
+    assert same["ks"] == 0 and same["js1"] == same["js2"] == 0 and same["length"] == 25 / 3
+    q = train_teacher.quality(train_teacher.encode(["ACDEFGHI", "A" * 16], tokenizer, 20), data)
+    assert q["ks"] == pytest.approx(1 / 2)  # up to 10 lie all of the validation lengths (10, 5, 10), and half of ours (8, 16)
+    ours, theirs = torch.zeros(20), torch.zeros(20)
+    for table, texts in ((ours, ["ACDEFGHI", "A" * 16]), (theirs, val)):
+        for c in "".join(texts):
+            table[train_teacher.AMINO_ACIDS.index(c)] += 1
+    p, r = Categorical(ours), Categorical(theirs)
+    mean = Categorical(p.probs / 2 + r.probs / 2)
+    assert q["js1"] == pytest.approx((mean.entropy() - p.entropy() / 2 - r.entropy() / 2).item(), abs=1e-5)
+    assert q["novel"] == 0.5 and q["low"] == 0.5 and q["js2"] > q["js1"]  # ACDEFGHI is in the training set; only A.. is of low complexity
+    mixed = "ACDEFGHMNMM"  # three of seven 5-mers are in a training sequence
+    assert train_teacher.quality(train_teacher.encode([mixed], tokenizer, 20), data)["novel"] == 1
+
+
+def test_proteins_from_fasta_to_fasta(tiny, capsys):
+    write_proteins(tiny / "p.fasta")
+    flags = TINY + ["--data", "p.fasta", "--length", "32"]
+    assert not train_teacher.main(flags) and not train_teacher.main(flags + ["--causal"]) and not distill.main(TINY_DISTILL)
+    os.remove("p.fasta")  # samples need the checkpoint alone
+    for more, pattern in (([], r"[A-Y]*"), (["--length", "20"], r"[A-Y]{20}"), (["--length", "32", "--sampler", "rgas"], r"[A-Y]{32}"),
+                          (["--infill", "??wkv?", "--length", "9"], r"[A-Y]{2}WKV[A-Y]{4}"), (["--prompt", "MK"], r"MK[A-Y]*")):
+        assert not sample.main(["--num", "5", "--steps", "4", "--seed", "3", "--out", "s.fasta"] + more)
+        lines = open("s.fasta").read().splitlines()
+        assert len(lines) == 10 and all("model=student steps=4" in line and "seed=3" in line for line in lines[::2])
+        assert all(re.fullmatch(pattern, line) for line in lines[1::2]), lines
+        assert not more or train_teacher.read_fasta("s.fasta")
+    assert not sample.main(["--num", "3", "--out", "s.txt"]) and len(open("s.txt").readlines()) == 3
+    for bad, word in ((["--prompt", "M1"], "amino"), (["--length", "33"], "33"), (["--length", "0"], "0"), (["--out", "no/such/s.fasta"], "folder"),
+                      (["--infill", "M?", "--exact", "--length", "3"], "exact"), (["--prompt", "MKV", "--length", "2"], "--length")):
+        refused(sample.main, bad, capsys, word)
+    refused(sample.main, ["--eval", "--eval_samples", "4"], capsys, "p.fasta")
+    write_proteins(tiny / "p.fasta")
+    assert not sample.main(["--eval", "--eval_samples", "4", "--json", "r.json"])
+    rows = json.load(open("r.json"))["default"]["0"]["rows"]
+    assert "valid" not in rows[0] and all({"ks", "js1", "js2", "low", "novel", "judge_ppl"} <= r.keys() for r in rows) and len(rows) == 17
+    assert not sample.main(["--table", "r.json"])
+    assert "| ks |" in capsys.readouterr().out.replace("ks | js1", "ks |")
 
 
 def test_equal_entropy_by_hand():
@@ -924,9 +1019,9 @@ def test_sweep_judge_pictures_and_bench(tiny, capsys):
     assert ar["steps"] is None and ar["disc_calls"] == 0 and 1 <= ar["nfe"] <= 24
     assert {r["row"] for r in results["sdtt"]["0"]["rows"]} == {"held-out data", "student"}  # no discriminator, so no guidance
     ckpt, config = model.load_checkpoint("out/causal.pt", "causal")  # the judge's perplexity, by hand
-    tokenizer = train_teacher.make_tokenizer()
+    tokenizer = train_teacher.make_tokenizer("bytes")
     torch.manual_seed(0)
-    val = train_teacher.load_data(24, tokenizer)["val"]
+    val = train_teacher.load_data(None, 24)["val"]
     val = val[torch.randperm(len(val))[:3]]
     keep = [[i for i in range(24) if 256 not in row[:i]] for row in val.tolist()]
     log_p = model.build_denoiser(config, ckpt["ema"])(torch.cat((torch.full((3, 1), 257), val[:, :-1]), 1)).log_softmax(-1)
@@ -967,14 +1062,14 @@ def test_gpt2_as_the_judge(tiny, monkeypatch, capsys):
     monkeypatch.undo()
     monkeypatch.chdir(tiny)
     transformers = pytest.importorskip("transformers")
-    monkeypatch.setattr(sample.tiktoken, "get_encoding", lambda name: train_teacher.make_tokenizer())
+    monkeypatch.setattr(sample.tiktoken, "get_encoding", lambda name: train_teacher.make_tokenizer("bytes"))
     monkeypatch.setattr(train_teacher, "find_signatures", lambda length: LINES)
     refused(sample.main, ["--eval", "--rows", "teacher", "--judge", "no/such/folder", "--eval_samples", "2"], capsys, "no/such/folder")
     torch.manual_seed(0)
     gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=257, n_positions=64, n_embd=16, n_layer=1, n_head=2)).eval()
     gpt2.save_pretrained("gpt2")
     args, device = sample.parse_flags(["--eval", "--judge", "gpt2"])
-    tokenizer, texts = train_teacher.make_tokenizer(), ["def f(x):", "def go():"]
+    tokenizer, texts = train_teacher.make_tokenizer("bytes"), ["def f(x):", "def go():"]
     judge = sample.make_judge(args, {}, tokenizer, device)
     loss = [gpt2(ids, labels=ids).loss for ids in (torch.tensor([[256, *s.encode(), 256]]) for s in texts)]  # the package's own mean
     by_hand = (sum(n * (len(s) + 1) for n, s in zip(loss, texts)) / sum(len(s) + 1 for s in texts)).exp()

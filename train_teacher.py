@@ -3,6 +3,7 @@
     python train_teacher.py                 # 4-6 minutes on two CPU cores, downloads nothing
     python train_teacher.py --resume        # go on after Ctrl-C or a crash
     python train_teacher.py --causal        # the autoregressive baseline: same network, data, tokens and budget
+    python train_teacher.py --data F.fasta  # proteins instead; also .fasta.gz, .fasta.xz, .fa ..
 
 The embedded default corpus is Python function signatures found on this very machine, in the sources of the standard library,
 torch and numpy: about 30,000 unique lines such as `def sample(self, n=1) -> Tensor:`. It costs no download, and the quality of
@@ -13,9 +14,12 @@ Left out on purpose: dropout and weight decay (runs this short underfit), time c
 """
 import argparse
 import ast
+import collections
 import copy
+import gzip
 import importlib.util
 import json
+import lzma
 import math
 import os
 import re
@@ -24,6 +28,7 @@ import time
 import warnings
 import zlib
 
+import numpy as np
 import tiktoken
 import torch
 import torch.nn.functional as F
@@ -35,10 +40,14 @@ from model import (Config, Denoiser, add_machine_flags, catch_interrupt, interru
 
 
 # -------------------------------------------------------------------------------------------------- data and tokenizer
-def make_tokenizer():
-    """Bytes as a tiktoken.Encoding: 256 byte ranks and <|endoftext|> = 256, which also pads."""
-    return tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks={bytes([i]): i for i in range(256)},
-                             special_tokens={"<|endoftext|>": 256})
+AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWYX"  # the 20, and X for anything else
+
+
+def make_tokenizer(kind):
+    """A tiktoken.Encoding of single "bytes", or of amino acids for "protein", and <|endoftext|>, which also pads."""
+    tokens = {"bytes": [bytes([i]) for i in range(256)], "protein": [c.encode() for c in AMINO_ACIDS]}[kind]
+    return tiktoken.Encoding(kind, pat_str=r"[\s\S]", mergeable_ranks={token: i for i, token in enumerate(tokens)},
+                             special_tokens={"<|endoftext|>": len(tokens)})
 
 
 def is_signature(text):
@@ -84,32 +93,114 @@ def decode(x, tokenizer):
     return [tokenizer.decode(row[:row.index(eos)] if eos in row else row) for row in x.tolist()]
 
 
-def load_data(length, tokenizer):
-    """{"train": (N, L), "val": (M, L), "known": set of training texts}; one line in 20 validates, chosen by a hash of the line."""
-    lines = find_signatures(length)
+def read_fasta(path):
+    """The unique amino-acid sequences of a FASTA file, sorted; compressed ones (.gz, .xz) too.
+
+    Lines may be wrapped, lower case, comments (;) or end with the stop *; letters beyond the 20 amino acids become X. ValueError
+    names the line that is no FASTA.
+    """
+    opener, sequences = {".gz": gzip.open, ".xz": lzma.open}.get(os.path.splitext(path)[1], open), []
+    try:
+        with opener(path, "rt", encoding="ascii") as f:
+            for number, line in enumerate(f, 1):
+                line = line.strip()
+                letters = line.upper().removesuffix("*")
+                if line.startswith(">"):
+                    sequences.append([])
+                elif letters and not line.startswith(";"):
+                    if not sequences or not letters.isalpha():
+                        raise ValueError(f"{path}, line {number} is no FASTA: {line[:40]!r}: give sequences of letters, each below a "
+                                         "line that begins with >")
+                    sequences[-1].append("".join(c if c in AMINO_ACIDS else "X" for c in letters))
+    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error) as e:
+        raise ValueError(f"--data {path!r} cannot be read as FASTA ({e}): name a FASTA file") from None
+    return sorted({"".join(parts) for parts in sequences} - {""})
+
+
+def load_data(source, length):
+    """The corpus as a dict; source is None for function signatures or {"path": FASTA file, "long": "drop" or "crop"}.
+
+    "kind": bytes or protein; "tokenizer"; "train" (N, L) and "val" (M, L); "known": the training texts as a set; "shown": the
+    metrics of `quality` that training logs. One text in 20 validates, chosen by a hash of the text. ValueError if there is no corpus.
+    """
+    if source:
+        texts = read_fasta(source["path"])
+        fit = sorted({s[:length] for s in texts} if source["long"] == "crop" else {s for s in texts if len(s) <= length})
+        print(f"{source['path']}: {len(texts)} unique sequences, {sum(len(s) > length for s in texts)} of them longer than {length}: "
+              f"{source['long']}ped, {len(fit)} left")
+        kind, shown, texts = "protein", ("entropy", "length", "ks", "js2"), fit
+    else:
+        kind, shown, texts = "bytes", ("valid", "entropy", "length"), find_signatures(length)
     split = {"train": [], "val": []}
-    for s in lines:
+    for s in texts:
         split["val" if zlib.crc32(s.encode()) % 20 == 0 else "train"].append(s)
     if min(map(len, split.values())) == 0:
-        raise ValueError(f"no corpus: {len(lines)} function signatures of less than {length} bytes found on this machine; "
-                         "raise --length, or install Python with its sources")
-    return {"train": encode(split["train"], tokenizer, length), "val": encode(split["val"], tokenizer, length),
-            "known": set(split["train"])}
+        raise ValueError(f"no corpus: {len(texts)} texts of at most {length} characters found "
+                         f"{'in ' + source['path'] if source else 'on this machine'}: raise --length, or "
+                         f"{'name another file' if source else 'install Python with its sources'}")
+    tokenizer = make_tokenizer(kind)
+    return {"kind": kind, "tokenizer": tokenizer, "known": set(split["train"]), "shown": shown,
+            **{name: encode(texts, tokenizer, length) for name, texts in split.items()}}
 
 
-def quality(x, tokenizer, known):
+# ----------------------------------------------------------------------------------------------------------------- metrics
+def unigram_entropy(s):
+    """Entropy of the characters within one text, nats."""
+    return -sum(s.count(c) / len(s) * math.log(s.count(c) / len(s)) for c in set(s))
+
+
+def quality(x, data):
     """What can be said of samples x (B, L) without another model: a dict of averages over the B samples.
 
-    valid: share the Python parser accepts; distinct: unique texts / B; novel: share not in the training set `known`;
-    length: mean characters up to end-of-sequence; entropy: unigram entropy within a text, nats, averaged.
+    distinct: unique texts / B; novel: share not in the training set; length: mean characters up to end-of-sequence; entropy:
+    unigram entropy within a text, nats. Signatures: valid: share the Python parser accepts. Proteins: see `protein_quality`.
     """
-    texts = decode(x, tokenizer)
+    texts = decode(x, data["tokenizer"])
+    more = protein_quality(texts, data) if data["kind"] == "protein" else \
+        {"valid": sum(map(is_signature, texts)) / len(texts), "novel": sum(s not in data["known"] for s in texts) / len(texts)}
+    return more | {"distinct": len(set(texts)) / len(texts), "length": sum(map(len, texts)) / len(texts),
+                   "entropy": sum(map(unigram_entropy, texts)) / len(texts)}
 
-    def unigram_entropy(s):
-        return -sum(s.count(c) / len(s) * math.log(s.count(c) / len(s)) for c in set(s))
-    return {"valid": sum(map(is_signature, texts)) / len(texts), "distinct": len(set(texts)) / len(texts),
-            "novel": sum(s not in known for s in texts) / len(texts), "length": sum(map(len, texts)) / len(texts),
-            "entropy": sum(map(unigram_entropy, texts)) / len(texts)}
+
+def kmers(s, k):
+    """The overlapping k-mers of a text."""
+    return [s[i:i + k] for i in range(len(s) - k + 1)]
+
+
+def divergence(a, b):
+    """Jensen-Shannon divergence, nats, between two collections.Counter taken as distributions."""
+    def kl(p, q):
+        return sum(n / p.total() * math.log(n / p.total() / q[c]) for c, n in p.items())
+    mean = {c: (a[c] / a.total() + b[c] / b.total()) / 2 for c in a.keys() | b.keys()}
+    return (kl(a, mean) + kl(b, mean)) / 2
+
+
+def protein_quality(texts, data, k=5, same=0.5, window=12, low=2.2):
+    """Of B sequences against the validation split: a dict.
+
+    ks: two-sample Kolmogorov-Smirnov statistic of the lengths; js1, js2: Jensen-Shannon divergence of amino-acid and 2-mer
+    composition, nats; novel: share of sequences that have fewer than half of their 5-mers in common with every one training
+    sequence; low: share with a window of 12 residues of less than 2.2 bits of entropy (the trigger of SEG, Wootton 1993).
+    """
+    if "val_texts" not in data:  # made once: the validation texts, and which training sequences have a k-mer
+        data["val_texts"], data["index"] = decode(data["val"], data["tokenizer"]), collections.defaultdict(set)
+        for i, s in enumerate(data["known"]):
+            for word in kmers(s, k):
+                data["index"][word].add(i)
+
+    def best_match(s):
+        words = set(kmers(s, k))
+        hits = collections.Counter(i for word in words for i in data["index"].get(word, ()))
+        return max(hits.values(), default=0) / max(len(words), 1)
+
+    def composition(texts, k):
+        return collections.Counter(word for s in texts for word in kmers(s, k))
+    ours, theirs = (np.sort([len(s) for s in t]) for t in (texts, data["val_texts"]))
+    at = np.arange(max(ours[-1], theirs[-1]) + 1)
+    ks = np.abs(np.searchsorted(ours, at, "right") / len(ours) - np.searchsorted(theirs, at, "right") / len(theirs)).max()
+    return {"ks": float(ks), "novel": sum(best_match(s) < same for s in texts) / len(texts),
+            **{f"js{n}": divergence(composition(texts, n) or collections.Counter("-"), composition(data["val_texts"], n)) for n in (1, 2)},
+            "low": sum(any(unigram_entropy(w) < low * math.log(2) for w in kmers(s, window)) for s in texts) / len(texts)}
 
 
 # -------------------------------------------------------------------------------------- the autoregressive baseline and judge
@@ -146,9 +237,12 @@ def autoregress(model, B, eos, temperature=1.0, on_step=None):
 # ---------------------------------------------------------------------------------------------------------------- training
 def parse_flags(argv=None):
     p = argparse.ArgumentParser(description="Train the teacher, a masked-diffusion language model.")
+    g = p.add_argument_group("data")
+    g.add_argument("--data", help="a FASTA file of proteins (.gz, .xz too) [Python function signatures found on this machine]")
+    g.add_argument("--long", choices=("drop", "crop"), default="drop", help="FASTA: what to do with sequences longer than --length")
     g = p.add_argument_group("model (defaults by device: CPU, then CUDA or MPS)")
     g.add_argument("--causal", action="store_true", help="train the autoregressive baseline, which is the judge too, instead of a teacher")
-    g.add_argument("--length", type=int, default=48, help="L, tokens per sequence")
+    g.add_argument("--length", type=int, help="L, tokens per sequence [48; FASTA: 128]")
     g.add_argument("--n_layer", type=int, help="transformer blocks [3; 6]")
     g.add_argument("--n_head", type=int, help="attention heads [4; 8]")
     g.add_argument("--n_embd", type=int, help="D, width [128; 256]")
@@ -171,6 +265,7 @@ def parse_flags(argv=None):
     device = pick_device(args)
     small, large = {"n_layer": 3, "n_head": 4, "n_embd": 128, "steps": 1700, "batch": 64, "compile": False}, \
                    {"n_layer": 6, "n_head": 8, "n_embd": 256, "steps": 6000, "batch": 256, "compile": device.type == "cuda"}
+    args.length = args.length or (128 if args.data else 48)
     for name, value in (small if device.type == "cpu" else large).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -186,8 +281,8 @@ def learning_rate(step, args):
 
 
 @torch.no_grad()
-def validate(model, data, tokenizer, args, device):
-    """NELBO (of a causal model the likelihood itself) and perplexity on the validation split, and validity of samples; always with
+def validate(model, data, args, device):
+    """NELBO (of a causal model the likelihood itself) and perplexity on the validation split, and a metric of samples; always with
     the same random numbers."""
     mask_id = model.config.mask_id
     with torch.random.fork_rng():
@@ -197,8 +292,8 @@ def validate(model, data, tokenizer, args, device):
         row = {"val_nelbo": nelbo, "val_ppl": math.exp(nelbo)}
         for steps in (args.length,) if args.causal else (8, 64):
             z = torch.full((args.eval_samples, args.length), mask_id, device=device)
-            x = autoregress(model, len(z), tokenizer.eot_token)[0] if args.causal else didi.sample(model, z, steps, mask_id)[0]
-            row[f"valid@{steps}"] = quality(x, tokenizer, data["known"])["valid"]
+            x = autoregress(model, len(z), data["tokenizer"].eot_token)[0] if args.causal else didi.sample(model, z, steps, mask_id)[0]
+            row[f"val_{data['shown'][0]}@{steps}"] = quality(x, data)[data["shown"][0]]
     return row
 
 
@@ -212,10 +307,10 @@ def losses(model, x):
 def main(argv=None):
     args, device, kind, ckpt = parse_flags(argv)
     torch.manual_seed(args.seed)
-    tokenizer = make_tokenizer()
-    data = load_data(args.length, tokenizer)
+    source = {"path": os.path.abspath(args.data), "long": args.long} if args.data else None
+    data = load_data(source, args.length)
     train = data["train"].to(device)
-    config = Config(tokenizer.n_vocab, args.length, args.n_layer, args.n_head, args.n_embd, args.causal)
+    config = Config(data["tokenizer"].n_vocab, args.length, args.n_layer, args.n_head, args.n_embd, args.causal)
     model = Denoiser(config).to(device)
     model.bf16 = args.bf16
     ema = copy.deepcopy(model)
@@ -230,12 +325,12 @@ def main(argv=None):
     if args.compile:
         model.trunk = torch.compile(model.trunk)
     n = sum(p.numel() for p in model.parameters())
-    print(f"{len(train)} training lines, {len(data['val'])} validation lines, L = {args.length}; {n / 1e6:.2f} M parameters on {device}, "
+    print(f"{len(train)} training texts, {len(data['val'])} validation texts, L = {args.length}; {n / 1e6:.2f} M parameters on {device}, "
           f"{'bfloat16' if args.bf16 else 'float32'}")
 
     def save(step):
         save_checkpoint(args.out, config, kind=kind, model=model.state_dict(), ema=ema.state_dict(), step=step,
-                        optimizer=optimizer.state_dict(), rng=rng_state(device), flags=vars(args), tokenizer="bytes")
+                        optimizer=optimizer.state_dict(), rng=rng_state(device), flags=vars(args), tokenizer=data["kind"], data=source)
     os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
     interrupted, begin = catch_interrupt(), time.perf_counter()
     with open(os.path.splitext(args.out)[0] + ".jsonl", "a" if ckpt else "w") as log, \
@@ -259,7 +354,7 @@ def main(argv=None):
                                              f"lower --lr (now {args.lr}) and start again, or --resume")
                 bar.set_postfix(loss=f"{row['loss']:.3f}", tok_s=f"{row['tokens_per_s']:.0f}")
                 if check:
-                    row.update(validate(ema, data, tokenizer, args, device))
+                    row.update(validate(ema, data, args, device))
                     tqdm.write(f"step {step + 1}: " + ", ".join(f"{k} {row[k]:.3f}" for k in row if k.startswith("val")))
                     save(step + 1)
                 log.write(json.dumps(row) + "\n")
