@@ -25,7 +25,7 @@ import didi
 from model import (Discriminator, add_machine_flags, build_denoiser, build_discriminator, catch_interrupt, interrupted_at,
                    load_checkpoint, parse_resumable, pick_device, rng_state, run_script, save_checkpoint, set_rng_state, spread,
                    update_ema, write_json)
-from train_teacher import load_data, quality
+from train_teacher import draw_rows, load_data, quality
 
 # What the paper does, at our size: all-mask starts, groups of 4 that share levels, coupled time, 1/t weights, both regularisers.
 PAPER = {"start": "mask", "share": "level", "groups": 32, "G": 4, "coupled": True, "noise_max": 1.0, "w": True, "pi": True, "positions": "masked",
@@ -114,17 +114,17 @@ def check_flags(args):
         raise ValueError(f"--disc_batch {args.disc_batch} is more than the {args.groups * args.G} samples of an update (groups * G)")
 
 
-def start_states(reference, groups, args, mask_id):
+def start_states(reference, groups, args, length, mask_id, device):
     """What the rollouts start from: reference texts x (B, L), z_t = x noised (B, L), levels t (groups,), and completions per state.
 
     --share state: one z_t per group, which all G samples complete. --share level: G states of their own, at one level.
     """
-    t = torch.ones(groups, device=reference.device)
+    t = torch.ones(groups, device=device)
     if args.start == "data":
         t = torch.where(torch.rand_like(t) < args.mask_share, t, torch.empty_like(t).uniform_(*args.t_range))
     copies = args.G if args.share == "state" else 1
     rows = groups * args.G // copies
-    x = reference[torch.randint(len(reference), (rows,)).to(reference.device)]
+    x = draw_rows(reference, rows, length, device)
     return x, didi.forward_mask(x, t.repeat_interleave(rows // groups), mask_id), t, copies
 
 
@@ -207,7 +207,7 @@ def didi_update(step, nets, teacher, reference, args):
     L, mask_id = student.config.length, student.config.mask_id
     # 1. rollout with intermediate-state matching: z_t -> z_tau -> x, and the log-probabilities of both steps
     groups = args.groups if moving else -(-args.disc_batch // args.G)
-    x_ref, z_t, t, copies = start_states(reference, groups, args, mask_id)
+    x_ref, z_t, t, copies = start_states(reference, groups, args, L, mask_id, student.position.device)
     levels, tau, pi = didi.draw_levels(t, args.K if args.ism else 1, *args.beta)
     with torch.set_grad_enabled(moving):
         x, steps = didi.rollout(student, z_t, levels.repeat_interleave(len(z_t) // groups, 1), mask_id, copies)  # (groups * G, L)
@@ -250,7 +250,7 @@ def sdtt_update(step, nets, teacher, reference, args):
         for name in ("target", "model"):
             nets[name].load_state_dict(nets["ema"].state_dict())
         nets["opt"].state.clear()
-    x = reference[torch.randint(len(reference), (args.groups * args.G,)).to(reference.device)]
+    x = draw_rows(reference, args.groups * args.G, teacher.config.length, teacher.position.device)
     t = didi.low_discrepancy_times(len(x), x.device)
     z_t = didi.forward_mask(x, t, mask_id)
     target = didi.sdtt_target(nets["target"], z_t, t, t.clamp(max=1 / args.rounds[k]), mask_id)
@@ -316,7 +316,9 @@ def main(argv=None):
     loaded, config = load_checkpoint(args.teacher.format(seed=args.seed), "teacher", device)
     teacher = build_denoiser(config, loaded["ema"], device, args.bf16).requires_grad_(False)
     data = load_data(loaded["data"], config.length)
-    reference = teacher_samples(teacher) if args.reference == "teacher" else data["train"].to(device)
+    reference = data["train"] if data["kind"] == "gpt2" else data["train"].to(device)
+    if args.reference == "teacher":
+        reference = teacher_samples(teacher)
     nets, first = networks(args, config, teacher, device, ckpt)
     update = didi_update if args.objective == "didi" else sdtt_update
 

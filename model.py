@@ -78,10 +78,11 @@ class Denoiser(nn.Module):
         self.config = config
         D, L = config.n_embd, config.length
         self.embed = nn.Embedding(config.vocab_size + 1, D)  # V + 1 rows: the last is the mask
+        padding = -config.vocab_size % 64 if config.vocab_size > 1024 else 0  # columns that make a wide product fast, and are cut off
         self.position = nn.Parameter(torch.empty(L, D))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.LayerNorm(D)
-        self.out = nn.Linear(D, config.vocab_size, bias=False)  # V columns
+        self.out = nn.Linear(D, config.vocab_size + padding, bias=False)  # V columns
         head_dim = D // config.n_head
         angle = torch.outer(torch.arange(L), 1e4 ** (-torch.arange(0, head_dim, 2) / head_dim))
         self.register_buffer("cos", angle.cos(), persistent=False)  # (L, D/H/2)
@@ -125,7 +126,7 @@ class Denoiser(nn.Module):
     def head(self, h):
         """Hidden states (..., D) -> logits (..., V), raw: SUBS is didi.predict."""
         with self.precision():
-            return self.out(h)
+            return self.out(h)[..., :self.config.vocab_size]
 
     def forward(self, z, where=None):
         """Logits (B, L, V), or (n, V) at the n True positions of `where` (B, L) alone."""

@@ -18,7 +18,9 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
+import string
 import sys
 import time
 
@@ -31,13 +33,15 @@ from tqdm import tqdm
 import didi
 from model import (add_machine_flags, build_denoiser, build_discriminator, load_checkpoint, peak_memory, pick_device,
                    reset_peak_memory, run_script, spread, write_json)
-from train_teacher import AMINO_ACIDS, autoregress, causal_nll, decode, encode, load_data, make_tokenizer, quality, until_end
+from train_teacher import (AMINO_ACIDS, autoregress, causal_nll, decode, end_token, held_out, load_data, make_tokenizer, quality,
+                           until_end)
 
 RANGES = {"steps": (1, 10_000), "num": (1, 1_000_000), "temperature": (0.01, 100), "guidance": (0, 100), "candidates": (1, 256),
           "switch": (0, 1), "batch": (1, 1_000_000), "delay": (0, 60), "eval_samples": (1, 1_000_000), "seed": (0, 2**63 - 1)}
 COLUMNS = ("row", "steps", "T", "nfe", "disc_calls", "valid", "valid_se", "judge_ppl", "distinct", "novel", "length", "entropy",
            "ks", "js1", "js2", "low", "seq_per_s")
-NOT_OF = {"bytes": ("ks", "js1", "js2", "low"), "protein": ("valid", "valid_se")}  # columns that a kind of data lacks
+NOT_OF = {"bytes": ("ks", "js1", "js2", "low"), "protein": ("valid", "valid_se"),
+          "gpt2": ("valid", "valid_se", "novel", "length", "ks", "js1", "js2", "low")}  # columns that a kind of data lacks
 SWEEP = {"teacher": (4, 8, 16, 32, 64, 256), "student": (4, 8, 16, 32), "autoregressive": (None,)}  # steps, each at these ..
 TEMPERATURES = (1.2, 1.1, 1.0, 0.9, 0.8, 0.7)
 
@@ -134,7 +138,7 @@ def load_net(kind, args, device):
     if missing:
         raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: another version wrote it, make it again")
     tokenizer = make_tokenizer(ckpt["tokenizer"])
-    net = {"device": device, "config": config, "flags": ckpt["flags"], "data": ckpt["data"], "tokenizer": tokenizer, "eos": tokenizer.eot_token,
+    net = {"device": device, "config": config, "flags": ckpt["flags"], "data": ckpt["data"], "tokenizer": tokenizer, "eos": end_token(tokenizer),
            "denoiser": build_denoiser(config, ckpt["ema"], device, args.bf16).requires_grad_(False)}
     if guided:
         net |= {"discriminator": build_discriminator(net["denoiser"], ckpt), "positions": ckpt["flags"]["positions"],
@@ -146,20 +150,23 @@ def load_net(kind, args, device):
 def given_tokens(args, config, tokenizer):
     """What is fixed before sampling: z (L,), masks elsewhere, and inside (L,), True where the text must not end."""
     name, text = ("prompt", args.prompt or "") if args.infill is None else ("infill", args.infill)
-    protein, gaps = tokenizer.name == "protein", args.gap if name == "infill" else ""
-    text = text.upper() if protein else text
-    odd = next((c for c in text if c not in gaps and not (c in AMINO_ACIDS if protein else c.isascii() and c.isprintable())), None)
+    text, gap = text.upper() if tokenizer.name == "protein" else text, args.gap if name == "infill" else None
+    known = {"bytes": string.printable[:95], "protein": AMINO_ACIDS}.get(tokenizer.name)
+    odd = next((c for c in text if c != gap and known and c not in known), None)
     if odd:
-        raise ValueError(f"--{name} holds {odd!a}: the model knows {'amino acids' if protein else 'printable ASCII characters'} only")
+        raise ValueError(f"--{name} holds {odd!a}: the model knows {'amino acids' if known == AMINO_ACIDS else 'printable ASCII characters'} only")
+    if known is None and (args.exact or args.length is not None):
+        raise ValueError("--exact and --length are for models whose texts end: this one writes passages of a fixed number of tokens")
+    ids = [i for part in (re.split(f"({re.escape(gap)})", text) if gap else [text])
+           for i in ([config.mask_id] if part == gap else tokenizer.encode_ordinary(part))]
     end = config.length if args.length is None else args.length
-    if not max(len(text), 1) <= end <= config.length:
-        raise ValueError(f"--{name} has {len(text)} characters, but the model writes texts of at most {config.length} and --length asks "
-                         f"for {end}" if args.length is not None else
-                         f"--{name} has {len(text)} characters, but the model writes texts of at most {config.length}: shorten it")
-    place, gap = torch.arange(config.length), torch.tensor([c in gaps and c != "" for c in text.ljust(config.length, "A")])  # (L,)
-    z = encode(["".join("A" if c in gaps else c for c in text)], tokenizer, config.length)[0]
-    free = gap | ((place >= len(text)) & (place < end) & (not args.exact))
-    return z.masked_fill(free, config.mask_id), gap if args.length is None else place < end
+    if not max(len(ids), 1) <= end <= config.length:
+        raise ValueError(f"--{name} has {len(ids)} tokens, but the model writes texts of at most {config.length}"
+                         f"{': shorten it' if args.length is None else f' and --length asks for {end}'}")
+    free = 0 if args.exact else end - len(ids)
+    z = torch.tensor(ids + [config.mask_id] * free + [tokenizer.eot_token] * (config.length - len(ids) - free))
+    place = torch.arange(config.length)
+    return z, place < end if args.length is not None else (z == config.mask_id) & (place < len(ids))
 
 
 def never_end_at(inside, denoiser, eos):
@@ -207,7 +214,7 @@ def watcher(args, mask_id, tokenizer):
     block, room = ("\x1b[2m█\x1b[0m", columns - 1) if live else ("░", None)  # a wrapped line would spoil the redrawing
 
     def show(ids):
-        ids = itertools.islice(itertools.takewhile(lambda i: i != tokenizer.eot_token, ids), room)
+        ids = itertools.islice(itertools.takewhile(lambda i: i != end_token(tokenizer), ids), room)
         return "".join(block if i == mask_id else printable(tokenizer.decode([i])) for i in ids)
 
     def on_step(z):
@@ -235,14 +242,19 @@ def print_samples(args, device):
     if args.sampler == "rgas" and "discriminator" not in net:
         raise ValueError(f"{args.student} was made by --objective sdtt and has no discriminator: use --sampler ancestral")
     z, inside = given_tokens(args, net["config"], tokenizer)
-    net["denoiser"] = never_end_at(inside, net["denoiser"], tokenizer.eot_token)
+    if net["eos"] >= 0:
+        net["denoiser"] = never_end_at(inside, net["denoiser"], net["eos"])
     x, cost = write(net, z.repeat(args.num, 1), args, watcher(args, net["config"].mask_id, tokenizer) if args.watch else None)
     how = f"rgas (h {args.guidance:g}, M {args.candidates}, switch {args.switch:g})" if args.sampler == "rgas" else args.sampler
     clear = "\x1b[J" if args.watch and sys.stdout.isatty() else ""
     print(f"{clear}{args.model}, {args.steps} steps, {how}, temperature {args.temperature:g}, seed {args.seed}: per sequence "
           f"{cost['nfe']:.2f} denoiser and {cost['disc_calls']:.2f} discriminator calls; {cost['seq_per_s']:.1f} sequences/s"
           f"{', slowed down to be watched' if args.watch else ''}")
-    texts = list(map(printable, decode(x, tokenizer)))
+    texts = decode(x, tokenizer)
+    if tokenizer.name == "gpt2":  # passages have lines of their own
+        texts = [f"--- {i + 1} ---\n" + "\n".join(map(printable, text.split("\n"))) for i, text in enumerate(texts)]
+    else:
+        texts = list(map(printable, texts))
     print("\n".join(texts))
     if args.out is not None:
         save_texts(args.out, texts, f"model={args.model} steps={args.steps} sampler={args.sampler} temperature={args.temperature:g} seed={args.seed}")
@@ -361,7 +373,7 @@ def evaluate(args, device):
           "error; entropy in nats; ks, js1, js2, low: see train_teacher.protein_quality")
     print(table_line({k: k for k in columns}, columns))
     torch.manual_seed(args.seed)
-    add(data["val"][torch.randperm(len(data["val"]))[:args.eval_samples]], row="held-out data")
+    add(held_out(data["val"], args.eval_samples, config.length), row="held-out data")
     z, plan = torch.full((args.eval_samples, config.length), config.mask_id), table_plan(args, nets)
     for k, (name, steps, T, sampler) in enumerate(plan):
         how = {"steps": steps, "temperature": T, "sampler": sampler}
@@ -507,7 +519,7 @@ def animate(args, device, lines=10, seconds=12, fps=10):
 
     def text(ids, mask_id):
         return "".join("\u00b7" if i == mask_id else printable(tokenizer.decode([i]))
-                       for i in itertools.takewhile(lambda i: i != tokenizer.eot_token, ids))
+                       for i in itertools.takewhile(lambda i: i != end_token(tokenizer), ids))
 
     def draw(k):
         for ax, (title, nfe, frames) in zip(axes, panels):

@@ -7,7 +7,9 @@ The two tests of an effect (the whole loop, guidance) ask for well less than wha
 """
 import collections
 import gzip
+import http.server
 import importlib.util
+import io
 import json
 import lzma
 import os
@@ -15,11 +17,16 @@ import pickle
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import tarfile
+import threading
 import time
 
+import numpy as np
 import pytest
+import tiktoken
 import torch
 import torch.nn.functional as F
 from torch.distributions import Beta, Categorical, kl_divergence
@@ -859,13 +866,14 @@ def test_given_text_stays_whatever_is_written(tiny, capsys, sampler):
     common = ["--num", "20", "--steps", "4", "--sampler", sampler]
     for flags, pattern in ((["--prompt", "def go("], r"def go\(.*"), (["--infill", "de??go(?)"], r"de.{1,2}go\(.\).*"),
                            (["--infill", "de??go(?)", "--exact"], r"de.{1,2}go\(.\)"), (["--prompt", "x" * 24], "x{24}")):
+        runs = []
         for _ in range(2):
             assert not sample.main(common + flags)
             first, *lines = capsys.readouterr().out.splitlines()
+            runs.append(lines)
             assert "4 steps" in first and len(lines) == 20 and all(re.fullmatch(pattern, line) for line in lines), lines
             assert flags[-1].startswith("x") or len(set(lines)) > 1
-            once = lines if _ == 0 else once
-        assert lines == once  # the seed decides
+        assert runs[0] == runs[1]  # the seed decides
 
 
 def test_evaluation_table_and_file(tiny, capsys):
@@ -932,10 +940,10 @@ def write_proteins(path, n=120):
 def test_long_sequences_are_dropped_or_cropped_and_counted(tiny, capsys):
     texts = write_proteins(tiny / "p.fasta")
     fit = {s for s in texts if len(s) <= 24}
-    dropped = train_teacher.load_data({"path": "p.fasta", "long": "drop"}, 24)
+    dropped = train_teacher.load_data({"kind": "protein", "path": "p.fasta", "long": "drop"}, 24)
     assert dropped["known"] < fit and len(dropped["train"]) + len(dropped["val"]) == len(fit)
     assert f"{len(texts)} unique sequences, {len(texts) - len(fit)} of them longer than 24: dropped, {len(fit)} left" in capsys.readouterr().out
-    cropped = train_teacher.load_data({"path": "p.fasta", "long": "crop"}, 24)
+    cropped = train_teacher.load_data({"kind": "protein", "path": "p.fasta", "long": "crop"}, 24)
     assert len(cropped["train"]) + len(cropped["val"]) == len(texts) and max(map(len, cropped["known"])) == 24
 
 
@@ -984,6 +992,201 @@ def test_proteins_from_fasta_to_fasta(tiny, capsys):
     assert "| ks |" in capsys.readouterr().out.replace("ks | js1", "ks |")
 
 
+# ----------------------------------------------------------------------------------------------------------------------- text
+@pytest.fixture
+def gpt2(tiny, monkeypatch):
+    """A folder of its own, and bytes in the place of GPT-2's tokens, which would have to be downloaded."""
+    ranks = {bytes([i]): i for i in range(256)}
+    stand_in = tiktoken.Encoding("gpt2", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: {"gpt2": stand_in}[name])
+    return tiny
+
+
+def text_source(path, **more):
+    return {"kind": "gpt2", "path": str(path), "cache": "cache", "shards": None} | more
+
+
+TEXT = "".join(f"Article {i}.\nIt says {i * i}, caf\xe9.\n<|endoftext|>\n" for i in range(900))
+
+
+@pytest.mark.parametrize("name, opener", [("a.txt", open), ("a.txt.gz", gzip.open), ("a.xz", lzma.open)])
+def test_text_becomes_shards_in_the_format_of_llm_c(gpt2, name, opener):
+    with opener(name, "wt", encoding="utf-8") as f:
+        f.write(TEXT)
+    data = train_teacher.load_data(text_source(gpt2 / name), 16)
+    docs = [list(doc.encode()) + [256] for doc in TEXT.split("<|endoftext|>\n")[:-1]]
+    train = [i for k, doc in enumerate(docs) if k % 200 for i in doc]
+    assert [len(data["train"]), len(data["val"])] == [1, 1]
+    assert data["train"][0][:len(train)].tolist() == train and data["val"][0].tolist() == [i for doc in docs[::200] for i in doc]
+    file = next((gpt2 / "cache").glob("*/train_000000.bin")).read_bytes()
+    head = struct.unpack("<256i", file[:1024])
+    assert head[:3] == (20240520, 1, len(data["train"][0])) and not any(head[3:])
+    assert struct.unpack(f"<{head[2]}H", file[1024:]) == tuple(data["train"][0].tolist())
+
+
+def test_a_folder_long_documents_and_small_shards(gpt2):
+    (gpt2 / "d/e").mkdir(parents=True)
+    (gpt2 / "d/1.txt").write_text("x" * 200000)
+    (gpt2 / "d/e/2.txt").write_text("second\n")
+    (gpt2 / "d/notes.md").write_text("not a text")
+    pieces = list(train_teacher.documents(train_teacher.text_files("d")))
+    assert "".join(text for text, _ in pieces) == "x" * 200000 + "second\n" and len(pieces) > 3
+    assert sum(whole for _, whole in pieces) == 2 and max(len(text) for text, _ in pieces) < 1 << 18
+    folder = train_teacher.prepare(text_source(gpt2 / "d"), tiktoken.get_encoding("gpt2"), shard_size=50000, batch=1)
+    shards = [train_teacher.read_shard(os.path.join(folder, n)) for n in sorted(os.listdir(folder)) if n.startswith("train")]
+    assert len(shards) > 1 and sum(map(len, shards)) == 200000 + 7 + 2 - sum(len(train_teacher.read_shard(os.path.join(folder, n)))
+                                                                            for n in os.listdir(folder) if n.startswith("val"))
+
+
+def test_shards_are_reused_remade_and_never_half_made(gpt2, monkeypatch):
+    (gpt2 / "a.txt").write_text(TEXT)
+    source, tokenizer = text_source(gpt2 / "a.txt"), tiktoken.get_encoding("gpt2")
+
+    class Counting:
+        eot_token, calls, stop_at = 256, 0, None
+
+        def encode_ordinary_batch(self, texts, num_threads):
+            self.calls += 1
+            if self.calls == self.stop_at:
+                raise KeyboardInterrupt
+            return tokenizer.encode_ordinary_batch(texts, num_threads=num_threads)
+    counting = Counting()
+    counting.stop_at = 3
+    with pytest.raises(KeyboardInterrupt):
+        train_teacher.prepare(source, counting, shard_size=500, batch=500)
+    folder = os.path.join("cache", os.listdir("cache")[0])
+    assert os.listdir(folder) and "source.json" not in os.listdir(folder)
+    counting.stop_at = None
+    train_teacher.prepare(source, counting)
+    whole, calls = sorted(os.listdir(folder)), counting.calls
+    assert whole == ["source.json", "train_000000.bin", "val_000000.bin"]
+    train_teacher.prepare(source, counting)
+    assert counting.calls == calls  # reused
+    (gpt2 / "a.txt").write_text(TEXT + "More.\n")
+    train_teacher.prepare(source, counting)
+    assert counting.calls > calls
+
+
+def test_ready_made_shards_and_windows_of_them(gpt2):
+    (gpt2 / "fineweb").mkdir()
+    for name, low, n in (("fineweb_val_000000.bin", 0, 30), ("fineweb_train_000001.bin", 100, 12), ("fineweb_train_000002.bin", 200, 21), ("fineweb_train_000003.bin", 50, 3)):
+        train_teacher.write_shard(f"fineweb/{name}", np.arange(low, low + n))
+    data = train_teacher.load_data(text_source(gpt2 / "fineweb"), 8)
+    assert not os.path.exists("cache")
+    torch.manual_seed(0)
+    x = train_teacher.draw_rows(data["train"], 19000, 8, torch.device("cpu"))
+    assert (x.diff(dim=1) == 1).all()  # neighbours of one shard
+    starts = torch.tensor([*range(100, 105), *range(200, 214)])  # every window of the two shards that are long enough ..
+    law = torch.zeros(256).index_fill(0, starts, 1 / 19)  # .. equally often
+    check_law(x[:, 0], law)
+    assert train_teacher.held_out(data["val"], 99, 8).tolist() == [list(range(i, i + 8)) for i in (0, 8, 16)]
+
+
+@pytest.mark.parametrize("name, content, word", [("a.txt", b"caf\xe9 au lait", "UTF-8"), ("a.txt", b"", "tokens"), ("a.txt", b"short", "tokens"),
+                                                 ("a.txt.gz", gzip.compress(b"hello " * 999)[:50], "a.txt.gz"), ("a.xz", b"no xz", "a.xz"),
+                                                 ("none.txt", None, "none.txt"), ("b/x_val.bin", b"x" * 2000, "shard"), ("b/x.md", b"x", ".txt")])
+def test_text_that_cannot_be_used_is_refused(gpt2, capsys, name, content, word):
+    if content is not None:
+        (gpt2 / name).parent.mkdir(exist_ok=True)
+        (gpt2 / name).write_bytes(content)
+    refused(train_teacher.main, TINY + ["--data", name.split("/")[0]], capsys, word)
+    assert not (gpt2 / "out/teacher.pt").exists() and not list(gpt2.glob("**/*.partial"))
+
+
+def test_gpt2s_tokens_that_cannot_be_had(tiny, monkeypatch, capsys):
+    def offline(name):
+        raise ConnectionError("no network")
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    (tiny / "a.txt").write_text(TEXT)
+    refused(train_teacher.main, TINY + ["--data", "a.txt"], capsys, "TIKTOKEN_CACHE_DIR")
+
+
+@pytest.fixture
+def openwebtext_server(gpt2, monkeypatch):
+    """Two tars of xz-compressed tars of texts, as in the data set, served on loopback; `served` is a list of (path, first byte)."""
+    files = {}
+    for k in range(2):
+        outer = io.BytesIO()
+        with tarfile.open(fileobj=outer, mode="w") as tar:
+            for j in range(3):
+                inner = io.BytesIO()
+                with tarfile.open(fileobj=inner, mode="w:xz") as texts:
+                    for i in range(120):
+                        blob = f"text {k}.{j}.{i} and some more of it".encode()
+                        info = tarfile.TarInfo(f"../../{i}.txt")  # a path that must not be unpacked
+                        info.size = len(blob)
+                        texts.addfile(info, io.BytesIO(blob))
+                info = tarfile.TarInfo(f"{j}_data.xz")
+                info.size = len(inner.getvalue())
+                tar.addfile(info, io.BytesIO(inner.getvalue()))
+        files[f"/urlsf_subset{k:02d}.tar"] = outer.getvalue()
+    served = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        cut = None
+
+        def do_GET(self):
+            body, first = files[self.path], int((self.headers["Range"] or "bytes=0-")[6:-1])
+            served.append((self.path, first))
+            self.send_response(206 if first else 200)
+            self.send_header("Content-Length", str(len(body) - first))
+            self.end_headers()
+            self.wfile.write(body[first:Handler.cut])
+
+        def log_message(self, *args):
+            pass
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(train_teacher, "OPENWEBTEXT", (f"http://127.0.0.1:{server.server_port}/urlsf_subset{{:02d}}.tar", 2))
+    yield Handler, served
+    server.shutdown()
+    server.server_close()
+
+
+def test_openwebtext_is_streamed_and_a_broken_download_goes_on(gpt2, openwebtext_server, capsys):
+    handler, served = openwebtext_server
+    flags = TINY + ["--data", "openwebtext", "--shards", "1"]
+    handler.cut = 700
+    refused(train_teacher.main, flags, capsys, "urlsf_subset00.tar", "run again")
+    handler.cut = None
+    assert not train_teacher.main(flags)
+    assert served == [("/urlsf_subset00.tar", 0), ("/urlsf_subset00.tar", 700)]
+    assert not list(gpt2.glob("**/*.txt")) and not list(gpt2.glob("**/*.partial"))
+    data = train_teacher.load_data(text_source("openwebtext", cache=str(gpt2 / "out/data"), shards=1), 24)
+    text = bytes(t for t in data["train"][0].tolist() if t != 256).decode() + bytes(t for t in data["val"][0].tolist() if t != 256).decode()
+    assert sum(len(s) for s in data["train"] + data["val"]) == len(text) + 360 and "text 0.2.119 and" in text and len(served) == 2
+    assert not train_teacher.main(TINY + ["--data", "openwebtext"]) and served[2:] == [("/urlsf_subset01.tar", 0)]
+
+
+def test_openwebtext_without_a_network_says_where_to_put_the_file(gpt2, monkeypatch, capsys):
+    monkeypatch.setattr(train_teacher, "OPENWEBTEXT", ("http://127.0.0.1:9/urlsf_subset{:02d}.tar", 21))
+    refused(train_teacher.main, TINY + ["--data", "openwebtext"], capsys, "put the file at", "urlsf_subset00.tar")
+
+
+def test_text_from_file_to_samples(gpt2, capsys):
+    (gpt2 / "a.txt").write_text(TEXT)
+    flags = TINY + ["--data", "a.txt"]
+    assert not train_teacher.main(flags) and not train_teacher.main(flags + ["--causal"])
+    for more in ([], ["--reference", "teacher"], ["--objective", "sdtt", "--disc_warmup", "0", "--rounds", "4", "2"]):
+        assert not distill.main(TINY_DISTILL + more)
+    assert not distill.main(TINY_DISTILL)
+    for more, start in (([], ""), (["--prompt", "It says\n"], "It says\n"), (["--infill", "It ?ays", "--sampler", "rgas"], "It ")):
+        capsys.readouterr()
+        assert not sample.main(["--num", "3", "--steps", "4", "--out", "s.txt"] + more)
+        out = capsys.readouterr().out
+        assert all(f"--- {i} ---\n{start}" in out for i in (1, 2, 3)) and (not start.startswith("It ") or "ays" in out)
+    refused(sample.main, ["--length", "9"], capsys, "--length")
+    assert not sample.main(["--eval", "--eval_samples", "4", "--json", "r.json"])
+    rows = json.load(open("r.json"))["default"]["0"]["rows"]
+    assert rows[0]["row"] == "held-out data" and all({"entropy", "distinct", "judge_ppl"} <= r.keys() and "valid" not in r for r in rows)
+    assert [r["nfe"] for r in rows if r["row"] == "autoregressive"] == [24]  # packed: nothing ends early
+
+
+def test_a_wide_heads_padding_is_no_token():
+    net = model.Denoiser(model.Config(vocab_size=1030, length=4, n_layer=1, n_head=2, n_embd=8))
+    assert net.out.weight.shape == (1088, 8) and net(torch.full((1, 4), 1030)).shape == (1, 4, 1030)
+
+
 def test_equal_entropy_by_hand():
     def row(name, steps, entropy, valid):
         return {"row": name, "steps": steps, "entropy": entropy, "valid": valid}
@@ -1019,7 +1222,6 @@ def test_sweep_judge_pictures_and_bench(tiny, capsys):
     assert ar["steps"] is None and ar["disc_calls"] == 0 and 1 <= ar["nfe"] <= 24
     assert {r["row"] for r in results["sdtt"]["0"]["rows"]} == {"held-out data", "student"}  # no discriminator, so no guidance
     ckpt, config = model.load_checkpoint("out/causal.pt", "causal")  # the judge's perplexity, by hand
-    tokenizer = train_teacher.make_tokenizer("bytes")
     torch.manual_seed(0)
     val = train_teacher.load_data(None, 24)["val"]
     val = val[torch.randperm(len(val))[:3]]

@@ -4,6 +4,8 @@
     python train_teacher.py --resume        # go on after Ctrl-C or a crash
     python train_teacher.py --causal        # the autoregressive baseline: same network, data, tokens and budget
     python train_teacher.py --data F.fasta  # proteins instead; also .fasta.gz, .fasta.xz, .fa ..
+    python train_teacher.py --data PATH     # text: a file or a folder of .txt, .txt.gz, .txt.xz, or of token shards *.bin
+    python train_teacher.py --data openwebtext --shards 1   # the paper's corpus, or the first of its 21 files
 
 The embedded default corpus is Python function signatures found on this very machine, in the sources of the standard library,
 torch and numpy: about 30,000 unique lines such as `def sample(self, n=1) -> Tensor:`. It costs no download, and the quality of
@@ -16,15 +18,20 @@ import argparse
 import ast
 import collections
 import copy
+import glob
 import gzip
+import http.client
 import importlib.util
+import itertools
 import json
 import lzma
 import math
 import os
 import re
 import sysconfig
+import tarfile
 import time
+import urllib.request
 import warnings
 import zlib
 
@@ -36,7 +43,7 @@ from tqdm import tqdm
 
 import didi
 from model import (Config, Denoiser, add_machine_flags, catch_interrupt, interrupted_at, parse_resumable, pick_device, rng_state,
-                   run_script, save_checkpoint, set_rng_state, update_ema)
+                   run_script, save_checkpoint, set_rng_state, update_ema, write_json)
 
 
 # -------------------------------------------------------------------------------------------------- data and tokenizer
@@ -44,7 +51,16 @@ AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWYX"  # the 20, and X for anything else
 
 
 def make_tokenizer(kind):
-    """A tiktoken.Encoding of single "bytes", or of amino acids for "protein", and <|endoftext|>, which also pads."""
+    """A tiktoken.Encoding: single "bytes", or amino acids for "protein", with <|endoftext|>, which also pads; or "gpt2".
+
+    ValueError if GPT-2's files are neither on this machine nor to be had.
+    """
+    if kind == "gpt2":
+        try:
+            return tiktoken.get_encoding("gpt2")
+        except Exception as e:  # requests' errors
+            raise ValueError(f"GPT-2's tokens cannot be loaded ({type(e).__name__}): run once with a network, or set TIKTOKEN_CACHE_DIR to "
+                             "a folder that has tiktoken's files") from None
     tokens = {"bytes": [bytes([i]) for i in range(256)], "protein": [c.encode() for c in AMINO_ACIDS]}[kind]
     return tiktoken.Encoding(kind, pat_str=r"[\s\S]", mergeable_ranks={token: i for i, token in enumerate(tokens)},
                              special_tokens={"<|endoftext|>": len(tokens)})
@@ -88,7 +104,9 @@ def encode(texts, tokenizer, length):
 
 
 def decode(x, tokenizer):
-    """Token ids (B, L) -> B texts, each up to its first end-of-sequence."""
+    """Token ids (B, L) -> B texts, each up to its first end-of-sequence; of "gpt2", whose documents are packed, all of it."""
+    if tokenizer.name == "gpt2":
+        return tokenizer.decode_batch(x.tolist())
     eos = tokenizer.eot_token
     return [tokenizer.decode(row[:row.index(eos)] if eos in row else row) for row in x.tolist()]
 
@@ -118,11 +136,14 @@ def read_fasta(path):
 
 
 def load_data(source, length):
-    """The corpus as a dict; source is None for function signatures or {"path": FASTA file, "long": "drop" or "crop"}.
+    """The corpus as a dict; source is None for function signatures, or {"kind", "path", ..}, see `data_source`.
 
-    "kind": bytes or protein; "tokenizer"; "train" (N, L) and "val" (M, L); "known": the training texts as a set; "shown": the
-    metrics of `quality` that training logs. One text in 20 validates, chosen by a hash of the text. ValueError if there is no corpus.
+    "kind": bytes, protein or gpt2; "tokenizer"; "train" and "val" for `draw_rows`; "shown": the metrics of `quality` that training
+    logs. Of short texts one in 20 validates, chosen by a hash; "known": the training texts as a set. ValueError if there is no corpus.
     """
+    if source and source["kind"] == "gpt2":
+        tokenizer = make_tokenizer("gpt2")
+        return {"kind": "gpt2", "tokenizer": tokenizer, "shown": ("entropy", "distinct"), **load_shards(source, tokenizer, length)}
     if source:
         texts = read_fasta(source["path"])
         fit = sorted({s[:length] for s in texts} if source["long"] == "crop" else {s for s in texts if len(s) <= length})
@@ -143,19 +164,206 @@ def load_data(source, length):
             **{name: encode(texts, tokenizer, length) for name, texts in split.items()}}
 
 
+def data_source(args):
+    """What --data means, for the checkpoint: None (signatures), a FASTA file, or text with the folder of its token shards."""
+    if args.data is None:
+        return None
+    if re.search(r"\.(fasta|fa|faa)(\.gz|\.xz)?$", args.data):
+        return {"kind": "protein", "path": os.path.abspath(args.data), "long": args.long}
+    path = args.data if args.data == "openwebtext" else os.path.abspath(args.data)
+    return {"kind": "gpt2", "path": path, "cache": os.path.abspath(args.cache), "shards": args.shards}
+
+
+def draw_rows(tokens, n, length, device):
+    """n random training sequences (n, L): rows of a tensor (N, L), or windows of a list of memory-mapped shards."""
+    if torch.is_tensor(tokens):
+        return tokens[torch.randint(len(tokens), (n,)).to(tokens.device)]
+    windows = torch.tensor([max(len(shard) - length + 1, 0) for shard in tokens])
+    which = torch.multinomial(windows.double(), n, replacement=True)
+    start = (torch.rand(n, dtype=torch.float64) * windows[which]).long()
+    rows = torch.from_numpy(np.stack([tokens[k][i:i + length] for k, i in zip(which, start)]).astype(np.int64))
+    return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows.to(device)
+
+
+def held_out(tokens, n, length):
+    """n validation sequences (n, L), or as many as there are: random rows of a tensor, or windows of shards side by side."""
+    if torch.is_tensor(tokens):
+        return tokens[torch.randperm(len(tokens))[:n]]
+    rows = (shard[i:i + length] for shard in tokens for i in range(0, len(shard) - length + 1, length))
+    return torch.from_numpy(np.stack(list(itertools.islice(rows, n))).astype(np.int64))
+
+
+# ------------------------------------------------------------------------------ text: documents -> token shards on the disk
+MAGIC, VERSION = 20240520, 1  # of the format that llm.c and modded-nanogpt use
+OPENWEBTEXT = ("https://huggingface.co/datasets/Skylion007/openwebtext/resolve/b3166bc19fbae165867d7f4965dc52279d1e9f40/"
+               "urlsf_subset{:02d}.tar", 21)
+
+
+def read_shard(path):
+    """Token ids of a shard, a memory-mapped uint16 array: 256 little-endian int32 (magic, version, number of tokens) come first."""
+    head = np.fromfile(path, "<i4", 256)
+    if len(head) < 256 or tuple(head[:2]) != (MAGIC, VERSION) or os.path.getsize(path) != 1024 + 2 * int(head[2]):
+        raise ValueError(f"{path} is no whole token shard: make it again, or take it out of the folder")
+    return np.memmap(path, "<u2", "r", offset=1024) if head[2] else np.empty(0, "<u2")
+
+
+def write_shard(path, tokens):
+    """Write token ids as a shard, by way of a temporary file."""
+    with open(f"{path}.partial", "wb") as f:
+        np.array([MAGIC, VERSION, len(tokens)] + [0] * 253, "<i4").tofile(f)
+        tokens.astype("<u2").tofile(f)
+    os.replace(f"{path}.partial", path)
+
+
+def text_files(path):
+    """The text files that a path means: itself, or those in the folder. ValueError if there are none."""
+    names = [path] if os.path.isfile(path) else sorted(glob.glob(os.path.join(glob.escape(path), "**", "*"), recursive=True))
+    names = [n for n in names if os.path.isfile(n) and (n == path or re.search(r"\.txt(\.gz|\.xz)?$", n))]
+    if not names:
+        raise ValueError(f"--data {path!r}: no such file, or no *.txt, *.txt.gz, *.txt.xz or *.bin in that folder")
+    return names
+
+
+def documents(names):
+    """(text, whole) of UTF-8 files, a document after each line <|endoftext|> and at the end of a file; long ones come in pieces,
+    of which only the last is `whole`. ValueError if a file is not UTF-8 or damaged."""
+    for name in names:
+        opener = {".gz": gzip.open, ".xz": lzma.open}.get(os.path.splitext(name)[1], open)
+        try:
+            with opener(name, "rt", encoding="utf-8") as f:
+                lines, size = [], 0
+                for line in iter(lambda: f.readline(1 << 16), ""):
+                    end = line.strip() == "<|endoftext|>"
+                    lines, size = lines + [line] * (not end), size + len(line)
+                    if end or size > 1 << 16:
+                        yield "".join(lines), end
+                        lines, size = [], 0
+                yield "".join(lines), True
+        except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error) as e:
+            raise ValueError(f"--data: {name} cannot be read as UTF-8 text ({e})") from None
+
+
+def download(url, path):
+    """Fetch url to path, going on where an earlier try stopped. ValueError that says what to put where, if that fails."""
+    if os.path.exists(path):
+        return
+    done = os.path.getsize(f"{path}.partial") if os.path.exists(f"{path}.partial") else 0
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {}), timeout=60) as r, \
+                open(f"{path}.partial", "ab" if r.status == 206 else "wb") as f, \
+                tqdm(desc=os.path.basename(path), initial=f.tell(), total=f.tell() + int(r.headers["Content-Length"]), unit="B", unit_scale=True) as bar:
+            while block := r.read(1 << 20):
+                f.write(block)
+                bar.update(len(block))
+        if bar.n != bar.total:
+            raise OSError(f"{bar.n} of {bar.total} bytes came")
+    except (OSError, http.client.HTTPException) as e:
+        raise ValueError(f"{url} cannot be fetched ({e}): run again to go on, or put the file at {path}") from None
+    os.replace(f"{path}.partial", path)
+
+
+def openwebtext(folder, shards):
+    """(text, True) of the documents of OpenWebText: tars of xz-compressed tars of texts, streamed, nothing is unpacked to the disk."""
+    url, count = OPENWEBTEXT
+    for k in range(min(shards or count, count)):
+        path = os.path.join(folder, os.path.basename(url.format(k)))
+        download(url.format(k), path)
+        try:
+            with tarfile.open(path) as outer:
+                for member in outer:
+                    if member.isfile() and member.name.endswith(".xz"):
+                        with tarfile.open(fileobj=outer.extractfile(member), mode="r:xz") as inner:
+                            for text in inner:
+                                if text.isfile():
+                                    yield inner.extractfile(text).read().decode("utf-8", errors="replace"), True
+        except (tarfile.TarError, lzma.LZMAError, EOFError) as e:
+            raise ValueError(f"{path} is damaged ({e}): delete it and run again") from None
+
+
+def prepare(source, tokenizer, shard_size=10 ** 8, batch=1 << 22):
+    """Tokenize the documents of `source` into shards under its cache folder, unless they are there; returns that folder.
+
+    One piece of text in 200 validates. Holds one shard in memory. What the shards were made from is written last, so that a
+    half-made folder is never taken for a whole one.
+    """
+    name = re.sub(r"\W+", "_", os.path.basename(source["path"]))
+    folder = os.path.join(source["cache"], f"{name}_{zlib.crc32(source['path'].encode()):08x}")
+    os.makedirs(folder, exist_ok=True)
+    owt = source["path"] == "openwebtext"
+    files = [] if owt else text_files(source["path"])
+    origin = {"path": source["path"], "shards": source["shards"] if owt else None, "tokens": "gpt2",
+              "files": [[n, os.path.getsize(n), os.stat(n).st_mtime_ns] for n in files]}
+    note = os.path.join(folder, "source.json")
+    if os.path.exists(note) and json.load(open(note)) == origin:
+        return folder
+    for old in glob.glob(os.path.join(glob.escape(folder), "*.bin")) + [note] * os.path.exists(note):
+        os.remove(old)
+    parts, sizes, made = {"train": [], "val": []}, {"train": 0, "val": 0}, {"train": 0, "val": 0}
+
+    def flush(split):
+        write_shard(os.path.join(folder, f"{split}_{made[split]:06d}.bin"), np.concatenate(parts[split]))
+        made[split], parts[split], sizes[split] = made[split] + 1, [], 0
+    pieces = enumerate(openwebtext(folder, source["shards"]) if owt else documents(files))
+    with tqdm(desc=f"tokenizing {source['path']}", unit="token", unit_scale=True) as bar:
+        while group := list(take(pieces, batch)):
+            for (i, (_, whole)), ids in zip(group, tokenizer.encode_ordinary_batch([text for _, (text, _) in group], num_threads=os.cpu_count())):
+                split = "val" if i % 200 == 0 else "train"
+                parts[split].append(np.array(ids + [tokenizer.eot_token] * whole, "<u2"))
+                sizes[split] += len(parts[split][-1])
+                bar.update(len(parts[split][-1]))
+                if sizes[split] >= shard_size:
+                    flush(split)
+    for split in parts:
+        if parts[split]:
+            flush(split)
+    write_json(note, origin)
+    return folder
+
+
+def take(pieces, size):
+    """The next pieces of text with altogether at least `size` characters."""
+    for i, (text, whole) in pieces:
+        size -= len(text)
+        yield i, (text, whole)
+        if size <= 0:
+            return
+
+
+def load_shards(source, tokenizer, length):
+    """{"train": [arrays], "val": [arrays]} of token shards, ready-made ones (names with val validate) or those of `prepare`."""
+    ready = glob.glob(os.path.join(glob.escape(source["path"]), "*.bin"))
+    names = sorted(ready or glob.glob(os.path.join(glob.escape(prepare(source, tokenizer)), "*.bin")))
+    split = {"train": [], "val": []}
+    for name in names:
+        split["val" if "val" in os.path.basename(name) else "train"].append(read_shard(name))
+    for part, shards in split.items():
+        if not any(len(shard) >= length for shard in shards):
+            raise ValueError(f"--data {source['path']!r} has {sum(map(len, shards))} tokens for {part}, fewer than a sequence of {length}: "
+                             "give more text, or lower --length")
+    return split
+
+
 # ----------------------------------------------------------------------------------------------------------------- metrics
+def end_token(tokenizer):
+    """The token that ends a text, or -1 where documents are packed and nothing ends."""
+    return -1 if tokenizer.name == "gpt2" else tokenizer.eot_token
+
+
 def unigram_entropy(s):
-    """Entropy of the characters within one text, nats."""
-    return -sum(s.count(c) / len(s) * math.log(s.count(c) / len(s)) for c in set(s))
+    """Entropy of the characters (or tokens) within one text, nats."""
+    return -sum(n / len(s) * math.log(n / len(s)) for n in collections.Counter(s).values())
 
 
 def quality(x, data):
     """What can be said of samples x (B, L) without another model: a dict of averages over the B samples.
 
     distinct: unique texts / B; novel: share not in the training set; length: mean characters up to end-of-sequence; entropy:
-    unigram entropy within a text, nats. Signatures: valid: share the Python parser accepts. Proteins: see `protein_quality`.
+    unigram entropy within a text, nats (of text: of its tokens). Signatures: valid: share the Python parser accepts. Proteins: see
+    `protein_quality`.
     """
     texts = decode(x, data["tokenizer"])
+    if data["kind"] == "gpt2":
+        return {"distinct": len(set(texts)) / len(texts), "entropy": sum(map(unigram_entropy, x.tolist())) / len(texts)}
     more = protein_quality(texts, data) if data["kind"] == "protein" else \
         {"valid": sum(map(is_signature, texts)) / len(texts), "novel": sum(s not in data["known"] for s in texts) / len(texts)}
     return more | {"distinct": len(set(texts)) / len(texts), "length": sum(map(len, texts)) / len(texts),
@@ -238,7 +446,9 @@ def autoregress(model, B, eos, temperature=1.0, on_step=None):
 def parse_flags(argv=None):
     p = argparse.ArgumentParser(description="Train the teacher, a masked-diffusion language model.")
     g = p.add_argument_group("data")
-    g.add_argument("--data", help="a FASTA file of proteins (.gz, .xz too) [Python function signatures found on this machine]")
+    g.add_argument("--data", help="FASTA file; text file or folder (.gz, .xz too); folder of *.bin; openwebtext [Python signatures]")
+    g.add_argument("--shards", type=int, help="openwebtext: how many of its 21 files [all]")
+    g.add_argument("--cache", default="out/data", help="text: folder for its tokens")
     g.add_argument("--long", choices=("drop", "crop"), default="drop", help="FASTA: what to do with sequences longer than --length")
     g = p.add_argument_group("model (defaults by device: CPU, then CUDA or MPS)")
     g.add_argument("--causal", action="store_true", help="train the autoregressive baseline, which is the judge too, instead of a teacher")
@@ -287,12 +497,12 @@ def validate(model, data, args, device):
     mask_id = model.config.mask_id
     with torch.random.fork_rng():
         torch.manual_seed(1234)
-        x = data["val"][:1024].to(device)
+        x = (data["val"][:1024] if data["kind"] != "gpt2" else held_out(data["val"], 64, args.length)).to(device)
         nelbo = sum(losses(model, part)[0].item() * len(part) for part in x.split(args.batch)) / len(x)
         row = {"val_nelbo": nelbo, "val_ppl": math.exp(nelbo)}
         for steps in (args.length,) if args.causal else (8, 64):
             z = torch.full((args.eval_samples, args.length), mask_id, device=device)
-            x = autoregress(model, len(z), data["tokenizer"].eot_token)[0] if args.causal else didi.sample(model, z, steps, mask_id)[0]
+            x = autoregress(model, len(z), end_token(data["tokenizer"]))[0] if args.causal else didi.sample(model, z, steps, mask_id)[0]
             row[f"val_{data['shown'][0]}@{steps}"] = quality(x, data)[data["shown"][0]]
     return row
 
@@ -307,9 +517,9 @@ def losses(model, x):
 def main(argv=None):
     args, device, kind, ckpt = parse_flags(argv)
     torch.manual_seed(args.seed)
-    source = {"path": os.path.abspath(args.data), "long": args.long} if args.data else None
+    source = data_source(args)
     data = load_data(source, args.length)
-    train = data["train"].to(device)
+    train = data["train"] if data["kind"] == "gpt2" else data["train"].to(device)
     config = Config(data["tokenizer"].n_vocab, args.length, args.n_layer, args.n_head, args.n_embd, args.causal)
     model = Denoiser(config).to(device)
     model.bf16 = args.bf16
@@ -325,7 +535,8 @@ def main(argv=None):
     if args.compile:
         model.trunk = torch.compile(model.trunk)
     n = sum(p.numel() for p in model.parameters())
-    print(f"{len(train)} training texts, {len(data['val'])} validation texts, L = {args.length}; {n / 1e6:.2f} M parameters on {device}, "
+    size = [f"{sum(map(len, d)) / 1e6:.1f} M tokens" if data["kind"] == "gpt2" else f"{len(d)} texts" for d in (train, data["val"])]
+    print(f"{size[0]} to train, {size[1]} to validate, L = {args.length}; {n / 1e6:.2f} M parameters on {device}, "
           f"{'bfloat16' if args.bf16 else 'float32'}")
 
     def save(step):
@@ -338,7 +549,7 @@ def main(argv=None):
         for step in bar:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args)
-            x = train[torch.randint(len(train), (args.batch,)).to(device)]  # (B, L)
+            x = draw_rows(train, args.batch, args.length, device)  # (B, L)
             nelbo, loss = losses(model, x)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
