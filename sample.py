@@ -322,7 +322,7 @@ def steps_to_match(rows, entropy, column="valid"):
     values = [at_entropy(rows, "teacher", n, entropy, column) for n in SWEEP["teacher"]]
     k = next((k for k, value in enumerate(values) if sign * value >= sign * goal), None)
     if k is None:
-        return math.nan if any(map(math.isnan, [*values, goal])) else math.inf
+        return math.nan if math.isnan(values[-1]) or math.isnan(goal) else math.inf
     if k == 0:
         return 2 ** steps[0]
     return 2 ** (steps[k - 1] + (steps[k] - steps[k - 1]) * (goal - values[k - 1]) / (values[k] - values[k - 1]))

@@ -1200,6 +1200,7 @@ def test_equal_entropy_by_hand():
     assert sample.steps_to_match(better, 2.0) == float("inf")
     worse = [r | {"valid": r["valid"] - 0.6} if r["row"] == "student" else r for r in rows]
     assert sample.steps_to_match(worse, 2.0) == 4
+    assert sample.steps_to_match([r for r in better if (r["row"], r["steps"]) != ("teacher", 4)], 2.0) == float("inf")
     unknown = [r for r in better if r.get("steps") != 256]  # the teacher at 256 steps was not measured
     assert all(v != v for v in (sample.steps_to_match(unknown, 2.0), sample.steps_to_match(rows, 2.3)))
 
