@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 import didi
-from model import (Discriminator, add_machine_flags, build_denoiser, build_discriminator, catch_interrupt, interrupted_at,
+from model import (Discriminator, add_machine_flags, bench, build_denoiser, build_discriminator, catch_interrupt, interrupted_at,
                    load_checkpoint, parse_resumable, pick_device, rng_state, run_script, save_checkpoint, set_rng_state, spread,
                    update_ema, write_json)
 from train_teacher import draw_rows, load_data, quality
@@ -87,6 +87,7 @@ def parse_flags(argv=None):
     g.add_argument("--ema", type=float, default=0.97, help="decay of the weight average that is saved and sampled")
     g.add_argument("--steps", type=int, default=480, help="updates of the student")
     g = p.add_argument_group("run")
+    g.add_argument("--bench", action="store_true", help="train nothing: time an update, and tell FLOP/s, share of the GPU's peak, memory")
     g.add_argument("--ablate", metavar="FILE", help="instead: each component's worth over seeds 0, 1, 2, into this JSON file; resumes")
     g.add_argument("--teacher", default="out/teacher.pt", help="checkpoint of train_teacher.py; with --ablate, {seed} stands for the seed")
     g.add_argument("--out", default="out/student.pt", help="checkpoint; the log lies beside it as .jsonl")
@@ -321,6 +322,8 @@ def main(argv=None):
         reference = teacher_samples(teacher)
     nets, first = networks(args, config, teacher, device, ckpt)
     update = didi_update if args.objective == "didi" else sdtt_update
+    if args.bench:
+        return bench(lambda: update(args.disc_warmup, nets, teacher, reference, args), args.groups * args.G * config.length, device)
 
     def report():
         return evaluate(nets["ema"], args.eval_samples, data, device)

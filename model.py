@@ -12,6 +12,7 @@ import math
 import os
 import signal
 import sys
+import time
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -19,6 +20,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 
 @dataclass
@@ -282,6 +285,29 @@ def peak_memory(device):
     if device.type == "cuda":
         return (torch.cuda.max_memory_allocated() - memory_before) / 2 ** 20
     return (resident_bytes("VmHWM") - memory_before) / 2 ** 20 if sys.platform == "linux" else math.nan
+
+
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12, "4090": 165e12}  # bfloat16, dense, FLOP/s, by the makers
+
+
+def bench(step, tokens, device, times=20):
+    """Print milliseconds, tokens/s, FLOP/s (matrix products and attention), share of the GPU's peak, and memory of step()."""
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+        step()
+    for _ in range(3):
+        step()
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    reset_peak_memory(device)
+    wait()
+    begin = time.perf_counter()
+    for _ in tqdm(range(times), desc="bench", leave=False):
+        step()
+    wait()
+    seconds = (time.perf_counter() - begin) / times
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    speed, peak = counter.get_total_flops() / seconds, next((p for gpu, p in PEAK.items() if gpu in name), None)
+    print(f"{name}: {1e3 * seconds:.1f} ms/step, {tokens / seconds:.0f} tokens/s, {speed / 1e12:.3g} TFLOP/s, "
+          f"{f'{speed / peak:.1%}' if peak else 'an unknown share'} of its peak, {peak_memory(device):.0f} MiB on top of the networks")
 
 
 def rng_state(device):

@@ -790,7 +790,7 @@ def test_tokenizer_and_metrics(tiny):
 
 def same_checkpoint(a, b):
     a, b = (torch.load(p, weights_only=True) for p in (a, b))
-    for name in [n for n in a if n not in ("flags", "rng")]:
+    for name in [n for n in a if n not in ("flags", "rng", "seconds")]:
         x, y = torch.utils._pytree.tree_leaves(a[name]), torch.utils._pytree.tree_leaves(b[name])
         assert len(x) == len(y) and all(torch.equal(u, v) if torch.is_tensor(u) else u == v for u, v in zip(x, y)), name
 
@@ -874,6 +874,66 @@ def test_given_text_stays_whatever_is_written(tiny, capsys, sampler):
             assert "4 steps" in first and len(lines) == 20 and all(re.fullmatch(pattern, line) for line in lines), lines
             assert flags[-1].startswith("x") or len(set(lines)) > 1
         assert runs[0] == runs[1]  # the seed decides
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(tiny, monkeypatch):
+    """With the same rows and masks, in two halves of as many masks each."""
+    monkeypatch.setattr(didi, "low_discrepancy_times", lambda B, device: torch.full((B,), 1.0))  # all masked: nothing left to chance
+    rows = iter(torch.arange(8).chunk(2))
+    monkeypatch.setattr(train_teacher, "draw_rows", lambda train, n, *_: train[torch.arange(8) if n == 8 else next(rows)])
+    same = {}
+    for flags in ([], ["--accumulate", "2"]):
+        assert not train_teacher.main(TINY + ["--steps", "1", "--out", "a.pt"] + flags)
+        same[len(flags)] = torch.load("a.pt", weights_only=True)["model"]
+    assert all(torch.allclose(same[0][k], same[2][k], atol=1e-5) for k in same[0])
+    with pytest.raises(ValueError, match="accumulate"):
+        train_teacher.main(TINY + ["--accumulate", "3"])
+
+
+def test_minutes_fit_the_schedule_and_resume_counts_them(tiny):
+    assert not train_teacher.main(TINY + ["--minutes", "0.03", "--steps", "1", "--warmup", "0"])
+    ckpt = torch.load("out/teacher.pt", weights_only=True)
+    assert ckpt["step"] > 2 and 1.8 <= ckpt["seconds"] < 10
+    assert ckpt["optimizer"]["param_groups"][0]["lr"] < 0.25 * 2e-3  # near its end, a tenth of the peak
+    assert not train_teacher.main(["--resume", "--minutes", "0.031"]) and torch.load("out/teacher.pt", weights_only=True)["step"] <= ckpt["step"] + 20
+
+
+def test_checkpoints_by_the_clock_survive_kill_9(tiny, monkeypatch):
+    """Killed after step 3, with a checkpoint after every step: resumed, it ends as the run that was not."""
+    flags = TINY + ["--eval_every", "99", "--save_minutes", "0"]
+    assert not train_teacher.main(flags + ["--out", "a.pt"])
+    real = train_teacher.train_step
+
+    def dies(nets, train, step, *more):
+        if step == 3:
+            os._exit(9)
+        return real(nets, train, step, *more)
+    monkeypatch.setattr(train_teacher, "train_step", dies)
+    child = os.fork()
+    if child == 0:
+        train_teacher.main(flags + ["--out", "b.pt"])
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9 and torch.load("b.pt", weights_only=True)["step"] == 3
+    monkeypatch.setattr(train_teacher, "train_step", real)
+    assert not train_teacher.main(["--resume", "--out", "b.pt"])
+    same_checkpoint("a.pt", "b.pt")
+
+
+def test_bench_of_training(tiny, capsys):
+    assert not train_teacher.main(TINY + ["--bench"]) and not (tiny / "out/teacher.pt").exists()
+    train_teacher.main(TINY)
+    for flags in ([], ["--objective", "sdtt", "--disc_warmup", "0", "--rounds", "4", "2"]):
+        capsys.readouterr()
+        assert not distill.main(TINY_DISTILL + ["--bench"] + flags) and not (tiny / "out/student.pt").exists()
+        assert re.search(r"cpu: [\d.]+ ms/step, \d+ tokens/s, [\d.e-]+ TFLOP/s, an unknown share of its peak", capsys.readouterr().out)
+
+
+def test_bench_counts_the_flops_of_a_product(capsys, monkeypatch):
+    a, b = torch.randn(64, 128), torch.randn(128, 256)
+    clock = iter([0.0, 2.0])
+    monkeypatch.setattr(model.time, "perf_counter", lambda: next(clock))
+    model.bench(lambda: a @ b, 64, torch.device("cpu"), times=20)
+    assert f"{2 * 64 * 128 * 256 / 0.1 / 1e12:.3g} TFLOP/s" in capsys.readouterr().out
 
 
 def test_evaluation_table_and_file(tiny, capsys):

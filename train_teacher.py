@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import didi
-from model import (Config, Denoiser, add_machine_flags, catch_interrupt, interrupted_at, parse_resumable, pick_device, rng_state,
+from model import (Config, Denoiser, add_machine_flags, bench, catch_interrupt, interrupted_at, parse_resumable, pick_device, rng_state,
                    run_script, save_checkpoint, set_rng_state, update_ema, write_json)
 
 
@@ -443,6 +443,13 @@ def autoregress(model, B, eos, temperature=1.0, on_step=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------- training
+# --size: the embedded default in minutes on two CPU cores; a good model in 10-20 minutes of a modern GPU; the paper's network.
+SIZES = {"nano": {"n_layer": 3, "n_head": 4, "n_embd": 128, "batch": 64, "steps": 1700, "lr": 2e-3, "warmup": 100, "text_length": 128},
+         "mini": {"n_layer": 6, "n_head": 6, "n_embd": 384, "batch": 256, "steps": 10000, "lr": 1e-3, "warmup": 300, "text_length": 256},
+         "small": {"n_layer": 12, "n_head": 12, "n_embd": 768, "batch": 512, "steps": 100000, "lr": 3e-4, "warmup": 2000,
+                   "text_length": 1024}}
+
+
 def parse_flags(argv=None):
     p = argparse.ArgumentParser(description="Train the teacher, a masked-diffusion language model.")
     g = p.add_argument_group("data")
@@ -450,17 +457,20 @@ def parse_flags(argv=None):
     g.add_argument("--shards", type=int, help="openwebtext: how many of its 21 files [all]")
     g.add_argument("--cache", default="out/data", help="text: folder for its tokens")
     g.add_argument("--long", choices=("drop", "crop"), default="drop", help="FASTA: what to do with sequences longer than --length")
-    g = p.add_argument_group("model (defaults by device: CPU, then CUDA or MPS)")
+    g = p.add_argument_group("model")
     g.add_argument("--causal", action="store_true", help="train the autoregressive baseline, which is the judge too, instead of a teacher")
-    g.add_argument("--length", type=int, help="L, tokens per sequence [48; FASTA: 128]")
-    g.add_argument("--n_layer", type=int, help="transformer blocks [3; 6]")
-    g.add_argument("--n_head", type=int, help="attention heads [4; 8]")
-    g.add_argument("--n_embd", type=int, help="D, width [128; 256]")
+    g.add_argument("--size", choices=SIZES, help="defaults for all that is in [] below [nano on a CPU, else mini]")
+    g.add_argument("--length", type=int, help="L, tokens per sequence [signatures: 48; FASTA: 128; text: 128; 256; 1024]")
+    g.add_argument("--n_layer", type=int, help="transformer blocks [3; 6; 12]")
+    g.add_argument("--n_head", type=int, help="attention heads [4; 6; 12]")
+    g.add_argument("--n_embd", type=int, help="D, width [128; 384; 768]")
     g = p.add_argument_group("optimisation")
-    g.add_argument("--steps", type=int, help="optimiser steps [1700; 6000]")
-    g.add_argument("--batch", type=int, help="B, sequences per step [64; 256]")
-    g.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of AdamW: warm-up, then cosine to a tenth of it")
-    g.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up")
+    g.add_argument("--steps", type=int, help="optimiser steps [1700; 10000; 100000]")
+    g.add_argument("--minutes", type=float, help="stop after so many minutes, with the schedule fitted to them, whatever --steps says")
+    g.add_argument("--batch", type=int, help="B, sequences per step [64; 256; 512]")
+    g.add_argument("--accumulate", type=int, default=1, help="split each batch into so many forward and backward passes: less memory")
+    g.add_argument("--lr", type=float, help="peak learning rate of AdamW: warm-up, then cosine to a tenth of it [2e-3; 1e-3; 3e-4]")
+    g.add_argument("--warmup", type=int, help="steps of linear warm-up [100; 300; 2000]")
     g.add_argument("--ema", type=float, default=0.995, help="decay of the weight average that is sampled and distilled")
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the trunk [no; yes on CUDA]")
     g = p.add_argument_group("run")
@@ -468,26 +478,36 @@ def parse_flags(argv=None):
     g.add_argument("--out", help="checkpoint; the log lies beside it as .jsonl [out/teacher.pt, with --causal out/causal.pt]")
     g.add_argument("--eval_every", type=int, default=425, help="steps between validations, each of which saves a checkpoint")
     g.add_argument("--eval_samples", type=int, default=128, help="samples per validity estimate (standard error .04 at 128)")
+    g.add_argument("--save_minutes", type=float, default=10, help="minutes between checkpoints, where validations are rarer")
+    g.add_argument("--bench", action="store_true", help="train nothing: time a step, and tell FLOP/s, share of the GPU's peak, memory")
     g.add_argument("--resume", action="store_true", help="go on from --out; flags not given again are those of the checkpoint")
     kind = "causal" if p.parse_known_args(argv)[0].causal else "teacher"
     p.set_defaults(out=f"out/{kind}.pt")
     args, ckpt = parse_resumable(p, kind, argv)
     device = pick_device(args)
-    small, large = {"n_layer": 3, "n_head": 4, "n_embd": 128, "steps": 1700, "batch": 64, "compile": False}, \
-                   {"n_layer": 6, "n_head": 8, "n_embd": 256, "steps": 6000, "batch": 256, "compile": device.type == "cuda"}
-    args.length = args.length or (128 if args.data else 48)
-    for name, value in (small if device.type == "cpu" else large).items():
-        if getattr(args, name) is None:
+    size, source = SIZES[args.size or ("nano" if device.type == "cpu" else "mini")], data_source(args)
+    length = {None: 48, "protein": 128, "gpt2": size["text_length"]}[source and source["kind"]]
+    for name, value in (size | {"length": length, "compile": device.type == "cuda"}).items():
+        if getattr(args, name, 0) is None:
             setattr(args, name, value)
+    check_flags(args)
+    return args, device, kind, source, ckpt
+
+
+def check_flags(args):
+    """ValueError with one line for what argparse can't see."""
     if min(args.steps, args.batch, args.length, args.n_layer, args.n_head, args.n_embd, args.eval_every, args.eval_samples) < 1:
         raise ValueError("--steps, --batch, --length, --n_layer, --n_head, --n_embd and --eval_* must all be at least 1")
-    return args, device, kind, ckpt
+    if args.accumulate < 1 or args.batch % args.accumulate:
+        raise ValueError(f"--accumulate {args.accumulate} must divide --batch {args.batch}")
+    if args.minutes is not None and not args.minutes > 0:
+        raise ValueError(f"--minutes {args.minutes} must be more than 0")
 
 
-def learning_rate(step, args):
-    """Linear warm-up, then cosine decay to a tenth of the peak."""
+def learning_rate(step, share, args):
+    """Linear warm-up, then cosine decay to a tenth of the peak; share: of the whole training that is done, 0 to 1."""
     ramp = min((step + 1) / args.warmup, 1) if args.warmup else 1
-    return args.lr * ramp * (0.55 + 0.45 * math.cos(math.pi * min(step / args.steps, 1)))
+    return args.lr * ramp * (0.55 + 0.45 * math.cos(math.pi * min(share, 1)))
 
 
 @torch.no_grad()
@@ -514,65 +534,94 @@ def losses(model, x):
     return didi.nelbo(model, x, model.config.mask_id)
 
 
+def train_step(nets, train, step, share, args):
+    """One optimiser step; share: of the whole training that is done. Returns what to log, as tensors."""
+    model, optimizer, row = nets["model"], nets["optimizer"], collections.Counter()
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, share, args)
+    for _ in range(args.accumulate):
+        x = draw_rows(train, args.batch // args.accumulate, args.length, model.position.device)  # (B, L)
+        bound, loss = losses(model, x)
+        (loss / args.accumulate).backward()
+        row.update({"loss": loss.detach() / args.accumulate, "nelbo": bound.detach() / args.accumulate})
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    update_ema(nets["ema"], model, min(args.ema, (step + 1) / (step + 10)))
+    return dict(row) | {"grad_norm": norm}
+
+
+def networks(args, config, device, ckpt):
+    """{"model", "ema", "optimizer"}, new or as the checkpoint left them; and the steps and seconds of training done so far."""
+    model = Denoiser(config).to(device)
+    model.bf16 = args.bf16
+    nets = {"model": model, "ema": copy.deepcopy(model), "optimizer": torch.optim.AdamW(
+        model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=device.type != "mps")}
+    if ckpt:
+        for name, net in nets.items():
+            net.load_state_dict(ckpt[name])
+        set_rng_state(ckpt["rng"], device)
+    if args.compile:
+        model.trunk = torch.compile(model.trunk)
+    return nets, *((ckpt["step"], ckpt["seconds"]) if ckpt else (0, 0.0))
+
+
+def describe(data, args, nets, device):
+    """Print the size of data and network."""
+    size = [f"{sum(map(len, d)) / 1e6:.1f} M tokens" if data["kind"] == "gpt2" else f"{len(d)} texts" for d in (data["train"], data["val"])]
+    print(f"{size[0]} to train, {size[1]} to validate, L = {args.length}; {sum(p.numel() for p in nets['model'].parameters()) / 1e6:.2f} M "
+          f"parameters on {device}, {'bfloat16' if args.bf16 else 'float32'}")
+
+
 def main(argv=None):
-    args, device, kind, ckpt = parse_flags(argv)
+    args, device, kind, source, ckpt = parse_flags(argv)
     torch.manual_seed(args.seed)
-    source = data_source(args)
     data = load_data(source, args.length)
     train = data["train"] if data["kind"] == "gpt2" else data["train"].to(device)
     config = Config(data["tokenizer"].n_vocab, args.length, args.n_layer, args.n_head, args.n_embd, args.causal)
-    model = Denoiser(config).to(device)
-    model.bf16 = args.bf16
-    ema = copy.deepcopy(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=device.type != "mps")
-    first = 0
-    if ckpt:
-        model.load_state_dict(ckpt["model"])
-        ema.load_state_dict(ckpt["ema"])
-        optimizer.load_state_dict(ckpt["optimizer"])
-        set_rng_state(ckpt["rng"], device)
-        first = ckpt["step"]
-    if args.compile:
-        model.trunk = torch.compile(model.trunk)
-    n = sum(p.numel() for p in model.parameters())
-    size = [f"{sum(map(len, d)) / 1e6:.1f} M tokens" if data["kind"] == "gpt2" else f"{len(d)} texts" for d in (train, data["val"])]
-    print(f"{size[0]} to train, {size[1]} to validate, L = {args.length}; {n / 1e6:.2f} M parameters on {device}, "
-          f"{'bfloat16' if args.bf16 else 'float32'}")
+    nets, first, before = networks(args, config, device, ckpt)
+    describe(data, args, nets, device)
+    if args.bench:
+        return bench(lambda: train_step(nets, train, 0, 0.0, args), args.batch * args.length, device)
+    interrupted, begin = catch_interrupt(), time.perf_counter()
+
+    def seconds():  # of training, earlier runs included
+        return before + time.perf_counter() - begin
 
     def save(step):
-        save_checkpoint(args.out, config, kind=kind, model=model.state_dict(), ema=ema.state_dict(), step=step,
-                        optimizer=optimizer.state_dict(), rng=rng_state(device), flags=vars(args), tokenizer=data["kind"], data=source)
+        save_checkpoint(args.out, config, kind=kind, step=step, seconds=seconds(), rng=rng_state(device), flags=vars(args),
+                        tokenizer=data["kind"], data=source, **{name: net.state_dict() for name, net in nets.items()})
+        return seconds()
     os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
-    interrupted, begin = catch_interrupt(), time.perf_counter()
+    total, saved = None if args.minutes else args.steps, before
     with open(os.path.splitext(args.out)[0] + ".jsonl", "a" if ckpt else "w") as log, \
-            tqdm(range(first, args.steps), initial=first, total=args.steps, desc=kind, unit="step", mininterval=1) as bar:
+            tqdm(itertools.count(first), initial=first, total=total, desc=kind, unit="step", mininterval=1) as bar:
         for step in bar:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args)
-            x = draw_rows(train, args.batch, args.length, device)  # (B, L)
-            nelbo, loss = losses(model, x)
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            update_ema(ema, model, min(args.ema, (step + 1) / (step + 10)))
-            check = (step + 1) % args.eval_every == 0 or step + 1 == args.steps
+            if total is not None and step >= total:
+                break
+            share = step / args.steps if total else seconds() / (60 * args.minutes)
+            row = train_step(nets, train, step, share, args)
+            last = step + 1 == total if total else seconds() >= 60 * args.minutes
+            check = (step + 1) % args.eval_every == 0 or last
             if step % 10 == 9 or check:
-                row = {"step": step + 1, "loss": loss.item(), "nelbo": nelbo.item(), "grad_norm": norm.item(),
-                       "tokens_per_s": (step + 1 - first) * x.numel() / (time.perf_counter() - begin)}
+                row = {"step": step + 1} | {k: v.item() for k, v in row.items()}
                 if not math.isfinite(row["loss"] + row["grad_norm"]):
                     raise FloatingPointError(f"the loss is not finite at step {step + 1}; the last good checkpoint is kept: "
                                              f"lower --lr (now {args.lr}) and start again, or --resume")
+                row["tokens_per_s"] = (step + 1 - first) * args.batch * args.length / (seconds() - before)
                 bar.set_postfix(loss=f"{row['loss']:.3f}", tok_s=f"{row['tokens_per_s']:.0f}")
                 if check:
-                    row.update(validate(ema, data, args, device))
+                    row.update(validate(nets["ema"], data, args, device))
                     tqdm.write(f"step {step + 1}: " + ", ".join(f"{k} {row[k]:.3f}" for k in row if k.startswith("val")))
-                    save(step + 1)
                 log.write(json.dumps(row) + "\n")
                 log.flush()
-            if interrupted():
-                save(step + 1)
+            stop = interrupted()
+            if check or stop or seconds() - saved > 60 * args.save_minutes:
+                saved = save(step + 1)
+            if stop:
                 return print(interrupted_at("train_teacher.py" + " --causal" * args.causal, step + 1, args.out)) or 130
+            if last:
+                break
     print(f"wrote {args.out}")
 
 
