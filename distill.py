@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 import didi
 from model import (Discriminator, add_machine_flags, bench, build_denoiser, build_discriminator, catch_interrupt, interrupted_at,
-                   load_checkpoint, parse_resumable, pick_device, rng_state, run_script, save_checkpoint, set_rng_state, spread,
-                   update_ema, write_json)
-from train_teacher import draw_rows, load_data, quality
+                   join_processes, load_checkpoint, over_processes, parallel, parse_resumable, pick_device, rng_state, run_script,
+                   save_checkpoint, set_rng_state, spread, update_ema, write_json)
+from train_teacher import draw_rows, load_data, load_once, quality
 
 # What the paper does, at our size: all-mask starts, groups of 4 that share levels, coupled time, 1/t weights, both regularisers.
 PAPER = {"start": "mask", "share": "level", "groups": 32, "G": 4, "coupled": True, "noise_max": 1.0, "w": True, "pi": True, "positions": "masked",
@@ -199,16 +199,15 @@ def networks(args, config, teacher, device, ckpt):
     return nets, ckpt["step"]
 
 
-def didi_update(step, nets, teacher, reference, args):
+def didi_update(step, nets, student, disc, teacher, reference, args):
     """One iteration of DiDi-Instruct, read downwards; the numbers are the README's. Returns what to log.
 
-    Until step = --disc_warmup only the discriminator learns.
+    Until step = --disc_warmup only the discriminator learns. student and disc are nets["model"] and nets["disc"], or in DDP.
     """
-    student, disc, moving = nets["model"], nets["disc"], step >= args.disc_warmup
-    L, mask_id = student.config.length, student.config.mask_id
+    moving, L, mask_id, device = step >= args.disc_warmup, teacher.config.length, teacher.config.mask_id, teacher.position.device
     # 1. rollout with intermediate-state matching: z_t -> z_tau -> x, and the log-probabilities of both steps
     groups = args.groups if moving else -(-args.disc_batch // args.G)
-    x_ref, z_t, t, copies = start_states(reference, groups, args, L, mask_id, student.position.device)
+    x_ref, z_t, t, copies = start_states(reference, groups, args, L, mask_id, device)
     levels, tau, pi = didi.draw_levels(t, args.K if args.ism else 1, *args.beta)
     with torch.set_grad_enabled(moving):
         x, steps = didi.rollout(student, z_t, levels.repeat_interleave(len(z_t) // groups, 1), mask_id, copies)  # (groups * G, L)
@@ -224,7 +223,7 @@ def didi_update(step, nets, teacher, reference, args):
     disc_loss = didi.discriminator_loss(logits_ref, z_ref, logits_fake, z_fake[pick], mask_id, args.positions, args.smoothing)
     r_ref = didi.reward(logits_ref, z_ref, mask_id, args.positions, args.reward_clip)
     r_pick = didi.reward(logits_fake, z_fake[pick], mask_id, args.positions, args.reward_clip)
-    row = {"disc_loss": disc_loss.item(), "disc_norm": descend(disc_loss, disc, nets["disc_opt"]),
+    row = {"disc_loss": disc_loss.item(), "disc_norm": descend(disc_loss, nets["disc"], nets["disc_opt"]),
            "disc_acc": ((r_ref > 0).float().mean() + (r_pick < 0).float().mean()).item() / 2,
            "r_ref": r_ref.mean().item(), "r_student": r_pick.mean().item()}
     if not moving:
@@ -238,10 +237,10 @@ def didi_update(step, nets, teacher, reference, args):
     kl, entropy = regularisers(teacher, steps, args.kl_kind)
     policy = didi.policy_loss(sum(s[3] for s in steps), advantage, w, L)
     return row | {"spread": r.view(-1, args.G).std(1, correction=0).mean().item(), "policy": policy.item(), "kl": kl.item(),
-                  "entropy": entropy.item(), "norm": descend(policy + args.kl * kl - args.entropy * entropy, student, nets["opt"])}
+                  "entropy": entropy.item(), "norm": descend(policy + args.kl * kl - args.entropy * entropy, nets["model"], nets["opt"])}
 
 
-def sdtt_update(step, nets, teacher, reference, args):
+def sdtt_update(step, nets, student, disc, teacher, reference, args):
     """One iteration of self-distillation through time (arXiv 2410.21035): match in one step what two steps of `target` predict.
 
     The updates are shared out among the rounds; in each, student and target begin as the student so far. Returns what to log.
@@ -255,7 +254,7 @@ def sdtt_update(step, nets, teacher, reference, args):
     t = didi.low_discrepancy_times(len(x), x.device)
     z_t = didi.forward_mask(x, t, mask_id)
     target = didi.sdtt_target(nets["target"], z_t, t, t.clamp(max=1 / args.rounds[k]), mask_id)
-    kl = didi.kl_to_teacher(didi.predict(nets["model"], z_t, z_t == mask_id), target, args.kl_kind)
+    kl = didi.kl_to_teacher(didi.predict(student, z_t, z_t == mask_id), target, args.kl_kind)
     kl = kl.sum() / max(len(kl), 1)
     return {"round": args.rounds[k], "kl": kl.item(), "norm": descend(kl, nets["model"], nets["opt"])}
 
@@ -309,21 +308,35 @@ def ablate(path, argv, device, num=1000):
         print(f"| {label} | " + " | ".join(spread([r[c] for r in rows.values()], 1 if "length" in c else 3) for c in columns) + " |")
 
 
+def process_seed(args, rank, first):
+    """The seed of a process: each draws rollouts of its own."""
+    return args.seed if rank == 0 else hash((args.seed, rank, first)) % 2 ** 63
+
+
 def main(argv=None):
     args, device, ckpt = parse_flags(argv)
     if args.ablate:
         return ablate(args.ablate, sys.argv[1:] if argv is None else argv, device)
-    torch.manual_seed(args.seed)
+    device, rank, world = join_processes(device)
+    if args.groups % world or args.disc_batch % world:
+        raise ValueError(f"--groups {args.groups} and --disc_batch {args.disc_batch} must be multiples of the {world} processes")
+    share = argparse.Namespace(**vars(args) | {"groups": args.groups // world, "disc_batch": args.disc_batch // world})  # of one process
+    torch.manual_seed(process_seed(args, rank, 0))
     loaded, config = load_checkpoint(args.teacher.format(seed=args.seed), "teacher", device)
     teacher = build_denoiser(config, loaded["ema"], device, args.bf16).requires_grad_(False)
-    data = load_data(loaded["data"], config.length)
+    data = load_once(loaded["data"], config.length, rank)
     reference = data["train"] if data["kind"] == "gpt2" else data["train"].to(device)
     if args.reference == "teacher":
         reference = teacher_samples(teacher)
     nets, first = networks(args, config, teacher, device, ckpt)
-    update = didi_update if args.objective == "didi" else sdtt_update
+    if rank > 0 and first > 0:
+        torch.manual_seed(process_seed(args, rank, first))
+    student, disc = parallel(nets["model"], world), parallel(nets["disc"], world) if "disc" in nets else None
+
+    def update(step):
+        return (didi_update if args.objective == "didi" else sdtt_update)(step, nets, student, disc, teacher, reference, share)
     if args.bench:
-        return bench(lambda: update(args.disc_warmup, nets, teacher, reference, args), args.groups * args.G * config.length, device)
+        return bench(lambda: update(args.disc_warmup), args.groups * args.G * config.length, device)
 
     def report():
         return evaluate(nets["ema"], args.eval_samples, data, device)
@@ -333,22 +346,23 @@ def main(argv=None):
                         data=loaded["data"], **{name: net.state_dict() for name, net in nets.items()})
     os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
     total, interrupted = args.disc_warmup + args.steps, catch_interrupt()
-    with open(os.path.splitext(args.out)[0] + ".jsonl", "a" if ckpt else "w") as log, \
-            tqdm(range(first, total), initial=first, total=total, desc=args.objective, unit="update", mininterval=1) as bar:
+    with open(os.devnull if rank else os.path.splitext(args.out)[0] + ".jsonl", "a" if ckpt else "w") as log, \
+            tqdm(range(first, total), initial=first, total=total, desc=args.objective, unit="update", mininterval=1, disable=rank > 0) as bar:
         for step in bar:
             done = step + 1 - args.disc_warmup  # updates of the student
             nets["opt"].param_groups[0]["lr"] = args.lr * (1 - 0.9 * max(done - 1, 0) / args.steps)
             try:
-                row = {"step": step + 1} | update(step, nets, teacher, reference, args)
+                row = {"step": step + 1} | update(step)
             except FloatingPointError:
                 raise diverged(step + 1, args) from None
             if done > 0:
                 update_ema(nets["ema"], nets["model"], args.ema)
-            finish_row(row, done, args, log, bar, report, save)
-            if interrupted():
-                save(step + 1)
-                return print(interrupted_at("distill.py", step + 1, args.out)) or 130
-    print(f"wrote {args.out}")
+            if rank == 0:
+                finish_row(row, done, args, log, bar, report, save)
+            if over_processes(interrupted(), "max", device):
+                return rank or save(step + 1) or print(interrupted_at("distill.py", step + 1, args.out)) or 130
+    if rank == 0:
+        print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

@@ -287,6 +287,35 @@ def peak_memory(device):
     return (resident_bytes("VmHWM") - memory_before) / 2 ** 20 if sys.platform == "linux" else math.nan
 
 
+def join_processes(device):
+    """(device, rank, world): this process's place under torchrun, in a group on NCCL (CUDA) or gloo; else (device, 0, 1)."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        return device, 0, 1
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device, torch.distributed.get_rank(), world
+
+
+def over_processes(value, how, device):
+    """A number's "mean" or "max" over all processes, the same for each of them; the number itself if there is one process."""
+    if not torch.distributed.is_initialized():
+        return value
+    x = torch.tensor(float(value), device=device)
+    torch.distributed.all_reduce(x, torch.distributed.ReduceOp.MAX if how == "max" else torch.distributed.ReduceOp.SUM)
+    return x.item() / (1 if how == "max" else torch.distributed.get_world_size())
+
+
+def parallel(net, world):
+    """The network to train through: itself, or in DistributedDataParallel, which averages the gradients of all processes."""
+    if world == 1:
+        return net
+    return torch.nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
+
+
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12, "4090": 165e12}  # bfloat16, dense, FLOP/s, by the makers
 
 

@@ -273,7 +273,7 @@ def make_judge(args, nets, tokenizer, device):
 
         def nll(x):
             x = x.to(net["device"])
-            return causal_nll(net["denoiser"], x), until_end(x, net["eos"])
+            return causal_nll(net["denoiser"], x, net["config"].mask_id), until_end(x, net["eos"])
     else:
         try:
             from transformers import GPT2LMHeadModel

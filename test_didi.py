@@ -634,11 +634,11 @@ def test_a_causal_model_sees_the_past_alone_and_its_cache_changes_nothing(causal
     step_by_step = torch.stack([causal.head(causal.trunk_next(z[:, i], i, cache)) for i in range(3)], 1)
     assert torch.allclose(step_by_step, causal(z), atol=1e-5)
     nll = -step_by_step.log_softmax(-1).gather(2, x[..., None])[..., 0]
-    assert torch.allclose(train_teacher.causal_nll(causal, x), nll, atol=1e-5)
+    assert torch.allclose(train_teacher.causal_nll(causal, x, 3), nll, atol=1e-5)
     for i in range(3):
         other = x.clone()
         other[:, i] = (x[:, i] + 1) % 3
-        moved = (train_teacher.causal_nll(causal, other) - nll).abs().amax(0) > 1e-6
+        moved = (train_teacher.causal_nll(causal, other, 3) - nll).abs().amax(0) > 1e-6
         assert not moved[:i].any() and moved[i] and moved[i + 1:].all()
 
 
@@ -647,10 +647,9 @@ def test_the_autoregressive_sampler_draws_from_the_models_law(causal, temperatur
     torch.manual_seed(0)
     eos, texts, n = 2, torch.cartesian_prod(*[torch.arange(3)] * 3), 20000
     sharper = lambda z: causal(z) / temperature  # noqa: E731
-    sharper.config = causal.config
     until = train_teacher.until_end(texts, eos)
     ends = (texts == torch.where(until, texts, eos)).all(1)  # nothing but eos behind the first eos
-    law = torch.where(ends, (-train_teacher.causal_nll(sharper, texts) * until).sum(1).exp(), 0.0)
+    law = torch.where(ends, (-train_teacher.causal_nll(sharper, texts, 3) * until).sum(1).exp(), 0.0)
     assert torch.isclose(law.sum(), torch.tensor(1.0), atol=1e-4)
     x, nfe = train_teacher.autoregress(causal, n, eos, temperature)
     check_law((x * torch.tensor([9, 3, 1])).sum(1), law)
@@ -904,10 +903,10 @@ def test_checkpoints_by_the_clock_survive_kill_9(tiny, monkeypatch):
     assert not train_teacher.main(flags + ["--out", "a.pt"])
     real = train_teacher.train_step
 
-    def dies(nets, train, step, *more):
+    def dies(nets, net, train, step, *more):
         if step == 3:
             os._exit(9)
-        return real(nets, train, step, *more)
+        return real(nets, net, train, step, *more)
     monkeypatch.setattr(train_teacher, "train_step", dies)
     child = os.fork()
     if child == 0:
@@ -917,6 +916,55 @@ def test_checkpoints_by_the_clock_survive_kill_9(tiny, monkeypatch):
     monkeypatch.setattr(train_teacher, "train_step", real)
     assert not train_teacher.main(["--resume", "--out", "b.pt"])
     same_checkpoint("a.pt", "b.pt")
+
+
+def torchrun(n, script, flags):
+    """A script in n processes on the CPU, as torchrun starts them; its output."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", os.path.join(here, script), *flags],
+                          capture_output=True, text=True, timeout=150, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": here})
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_two_processes_train_as_one_does(tiny, monkeypatch):
+    """The same losses and weights, from the start, and where two go on with what one began."""
+    write_proteins(tiny / "p.fasta")
+    flags = TINY + ["--data", "p.fasta", "--length", "32", "--accumulate", "2"]
+    assert not train_teacher.main(flags + ["--out", "one.pt"])
+    torchrun(2, "train_teacher.py", flags + ["--out", "two.pt"])
+    pressed = iter([False, True])
+    monkeypatch.setattr(train_teacher, "catch_interrupt", lambda: lambda: next(pressed))
+    assert train_teacher.main(flags + ["--out", "mixed.pt"]) == 130
+    torchrun(2, "train_teacher.py", ["--resume", "--out", "mixed.pt"])
+    one, two, mixed = (torch.load(f"{name}.pt", weights_only=True)["model"] for name in ("one", "two", "mixed"))
+    start = model.Denoiser(model.Config(22, 32, 1, 2, 16)).state_dict()
+    for k in one:
+        assert torch.allclose(one[k], two[k], atol=1e-4) and torch.allclose(one[k], mixed[k], atol=1e-4), k
+    assert max((one[k] - start[k]).abs().max() for k in one) > 0.01
+    logs = [[json.loads(line)["loss"] for line in open(f"{name}.jsonl")] for name in ("one", "two")]
+    assert logs[0] == pytest.approx(logs[1], abs=1e-4) and len(logs[0]) == 2
+
+
+def test_two_processes_distil_with_averaged_gradients(tiny):
+    """With equal random numbers two processes of two groups do what one of two groups does; with their own, they stay together."""
+    write_proteins(tiny / "p.fasta")
+    train_teacher.main(TINY + ["--data", "p.fasta", "--length", "32"])
+    driver = tiny / "driver.py"
+    driver.write_text("import sys, distill\n"
+                      "if sys.argv.pop(1) == 'equal':\n    distill.process_seed = lambda args, rank, first: args.seed\n"
+                      "keep, real = {}, distill.networks\n"
+                      "def networks(*args):\n    out = real(*args)\n    keep.update(out[0])\n    return out\n"
+                      "distill.networks = networks\ndistill.main(sys.argv[1:])\n"
+                      "print('weights', sum(p.double().sum().item() for p in keep['model'].parameters()), flush=True)\n")
+    double = TINY_DISTILL + ["--groups", "4", "--disc_batch", "8"]
+    assert not distill.main(TINY_DISTILL + ["--out", "one.pt"])
+    torchrun(2, driver, ["equal", *double, "--out", "equal.pt"])
+    out = torchrun(2, driver, ["own", *double, "--out", "own.pt"])
+    one, equal, own = (torch.load(f"{name}.pt", weights_only=True)["model"] for name in ("one", "equal", "own"))
+    assert all(torch.allclose(one[k], equal[k], atol=1e-5) for k in one) and not all(torch.allclose(one[k], own[k], atol=1e-5) for k in one)
+    sums = [float(x) for x in re.findall(r"weights (\S+)", out)]
+    assert len(sums) == 2 and sums[0] == pytest.approx(sums[1], abs=1e-9)
 
 
 def test_bench_of_training(tiny, capsys):

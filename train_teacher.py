@@ -2,6 +2,7 @@
 
     python train_teacher.py                 # 4-6 minutes on two CPU cores, downloads nothing
     python train_teacher.py --resume        # go on after Ctrl-C or a crash
+    torchrun --standalone --nproc_per_node=8 train_teacher.py --size small --data openwebtext     # several GPUs
     python train_teacher.py --causal        # the autoregressive baseline: same network, data, tokens and budget
     python train_teacher.py --data F.fasta  # proteins instead; also .fasta.gz, .fasta.xz, .fa ..
     python train_teacher.py --data PATH     # text: a file or a folder of .txt, .txt.gz, .txt.xz, or of token shards *.bin
@@ -17,6 +18,7 @@ Left out on purpose: dropout and weight decay (runs this short underfit), time c
 import argparse
 import ast
 import collections
+import contextlib
 import copy
 import glob
 import gzip
@@ -28,6 +30,7 @@ import lzma
 import math
 import os
 import re
+import sys
 import sysconfig
 import tarfile
 import time
@@ -42,8 +45,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import didi
-from model import (Config, Denoiser, add_machine_flags, bench, catch_interrupt, interrupted_at, parse_resumable, pick_device, rng_state,
-                   run_script, save_checkpoint, set_rng_state, update_ema, write_json)
+from model import (Config, Denoiser, add_machine_flags, bench, catch_interrupt, interrupted_at, join_processes, over_processes,
+                   parallel, parse_resumable, pick_device, rng_state, run_script, save_checkpoint, set_rng_state, update_ema, write_json)
 
 
 # -------------------------------------------------------------------------------------------------- data and tokenizer
@@ -412,9 +415,9 @@ def protein_quality(texts, data, k=5, same=0.5, window=12, low=2.2):
 
 
 # -------------------------------------------------------------------------------------- the autoregressive baseline and judge
-def causal_nll(model, x):
+def causal_nll(model, x, mask_id):
     """-log p(x_i | x_1 .. x_{i-1}) (B, L), nats, of x (B, L) under a causal model; the mask token stands before x_1."""
-    z = F.pad(x[:, :-1], (1, 0), value=model.config.mask_id)
+    z = F.pad(x[:, :-1], (1, 0), value=mask_id)
     return F.cross_entropy(model(z).float().transpose(1, 2), x, reduction="none")
 
 
@@ -468,7 +471,7 @@ def parse_flags(argv=None):
     g.add_argument("--steps", type=int, help="optimiser steps [1700; 10000; 100000]")
     g.add_argument("--minutes", type=float, help="stop after so many minutes, with the schedule fitted to them, whatever --steps says")
     g.add_argument("--batch", type=int, help="B, sequences per step [64; 256; 512]")
-    g.add_argument("--accumulate", type=int, default=1, help="split each batch into so many forward and backward passes: less memory")
+    g.add_argument("--accumulate", type=int, default=1, help="parts of a batch, one forward and backward each: less memory; a multiple of torchrun's processes")
     g.add_argument("--lr", type=float, help="peak learning rate of AdamW: warm-up, then cosine to a tenth of it [2e-3; 1e-3; 3e-4]")
     g.add_argument("--warmup", type=int, help="steps of linear warm-up [100; 300; 2000]")
     g.add_argument("--ema", type=float, default=0.995, help="decay of the weight average that is sampled and distilled")
@@ -498,8 +501,8 @@ def check_flags(args):
     """ValueError with one line for what argparse can't see."""
     if min(args.steps, args.batch, args.length, args.n_layer, args.n_head, args.n_embd, args.eval_every, args.eval_samples) < 1:
         raise ValueError("--steps, --batch, --length, --n_layer, --n_head, --n_embd and --eval_* must all be at least 1")
-    if args.accumulate < 1 or args.batch % args.accumulate:
-        raise ValueError(f"--accumulate {args.accumulate} must divide --batch {args.batch}")
+    if args.accumulate < 1:
+        raise ValueError(f"--accumulate {args.accumulate} must be at least 1")
     if args.minutes is not None and not args.minutes > 0:
         raise ValueError(f"--minutes {args.minutes} must be more than 0")
 
@@ -518,7 +521,7 @@ def validate(model, data, args, device):
     with torch.random.fork_rng():
         torch.manual_seed(1234)
         x = (data["val"][:1024] if data["kind"] != "gpt2" else held_out(data["val"], 64, args.length)).to(device)
-        nelbo = sum(losses(model, part)[0].item() * len(part) for part in x.split(args.batch)) / len(x)
+        nelbo = sum(losses(model, model.config, part)[0].item() * len(part) for part in x.split(args.batch)) / len(x)
         row = {"val_nelbo": nelbo, "val_ppl": math.exp(nelbo)}
         for steps in (args.length,) if args.causal else (8, 64):
             z = torch.full((args.eval_samples, args.length), mask_id, device=device)
@@ -527,23 +530,31 @@ def validate(model, data, args, device):
     return row
 
 
-def losses(model, x):
+def losses(net, config, x):
     """Of x (B, L): the bound to report, nats per token, and the loss to train on, which is less noisy in a short run."""
-    if model.config.causal:
-        return (causal_nll(model, x).mean(),) * 2
-    return didi.nelbo(model, x, model.config.mask_id)
+    if config.causal:
+        return (causal_nll(net, x, config.mask_id).mean(),) * 2
+    return didi.nelbo(net, x, config.mask_id)
 
 
-def train_step(nets, train, step, share, args):
-    """One optimiser step; share: of the whole training that is done. Returns what to log, as tensors."""
+def train_step(nets, net, train, step, share, args, rank=0, world=1):
+    """One optimiser step through `net`; share: of the whole training that is done. Returns what to log, as tensors.
+
+    The batch is args.accumulate parts with random numbers of their own, shared out among the processes: so any number of processes
+    does the same.
+    """
     model, optimizer, row = nets["model"], nets["optimizer"], collections.Counter()
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, share, args)
-    for _ in range(args.accumulate):
+    mine = range(rank, args.accumulate, world)
+    for part in mine:
+        if args.accumulate > 1:
+            torch.manual_seed(hash((args.seed, step, part)) % 2 ** 63)
         x = draw_rows(train, args.batch // args.accumulate, args.length, model.position.device)  # (B, L)
-        bound, loss = losses(model, x)
-        (loss / args.accumulate).backward()
-        row.update({"loss": loss.detach() / args.accumulate, "nelbo": bound.detach() / args.accumulate})
+        with net.no_sync() if world > 1 and part != mine[-1] else contextlib.nullcontext():
+            bound, loss = losses(net, model.config, x)
+            (loss / len(mine)).backward()
+        row.update({"loss": loss.detach() / len(mine), "nelbo": bound.detach() / len(mine)})
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
@@ -566,6 +577,17 @@ def networks(args, config, device, ckpt):
     return nets, *((ckpt["step"], ckpt["seconds"]) if ckpt else (0, 0.0))
 
 
+def load_once(source, length, rank):
+    """load_data in every process, in the first one before the others: what has to be downloaded or tokenized is made once."""
+    if torch.distributed.is_initialized() and rank > 0:
+        torch.distributed.barrier()
+    with contextlib.redirect_stdout(None if rank else sys.stdout):
+        data = load_data(source, length)
+    if torch.distributed.is_initialized() and rank == 0:
+        torch.distributed.barrier()
+    return data
+
+
 def describe(data, args, nets, device):
     """Print the size of data and network."""
     size = [f"{sum(map(len, d)) / 1e6:.1f} M tokens" if data["kind"] == "gpt2" else f"{len(d)} texts" for d in (data["train"], data["val"])]
@@ -575,54 +597,63 @@ def describe(data, args, nets, device):
 
 def main(argv=None):
     args, device, kind, source, ckpt = parse_flags(argv)
+    device, rank, world = join_processes(device)
+    args.accumulate = world if args.accumulate == 1 else args.accumulate
+    if args.accumulate % world or args.batch % args.accumulate:
+        raise ValueError(f"--accumulate {args.accumulate} must divide --batch {args.batch} and be a multiple of the {world} processes")
     torch.manual_seed(args.seed)
-    data = load_data(source, args.length)
+    data = load_once(source, args.length, rank)
     train = data["train"] if data["kind"] == "gpt2" else data["train"].to(device)
     config = Config(data["tokenizer"].n_vocab, args.length, args.n_layer, args.n_head, args.n_embd, args.causal)
     nets, first, before = networks(args, config, device, ckpt)
-    describe(data, args, nets, device)
+    net = parallel(nets["model"], world)
+    if rank == 0:
+        describe(data, args, nets, device)
     if args.bench:
-        return bench(lambda: train_step(nets, train, 0, 0.0, args), args.batch * args.length, device)
+        return bench(lambda: train_step(nets, net, train, 0, 0.0, args, rank, world), args.batch * args.length, device)
     interrupted, begin = catch_interrupt(), time.perf_counter()
 
-    def seconds():  # of training, earlier runs included
-        return before + time.perf_counter() - begin
+    def seconds():  # of training, earlier runs included; the slowest process's
+        return over_processes(before + time.perf_counter() - begin, "max", device)
 
-    def save(step):
-        save_checkpoint(args.out, config, kind=kind, step=step, seconds=seconds(), rng=rng_state(device), flags=vars(args),
-                        tokenizer=data["kind"], data=source, **{name: net.state_dict() for name, net in nets.items()})
-        return seconds()
+    def save(step, seconds):
+        if rank == 0:
+            save_checkpoint(args.out, config, kind=kind, step=step, seconds=seconds, rng=rng_state(device), flags=vars(args),
+                            tokenizer=data["kind"], data=source, **{name: net.state_dict() for name, net in nets.items()})
+        return seconds
     os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
-    total, saved = None if args.minutes else args.steps, before
-    with open(os.path.splitext(args.out)[0] + ".jsonl", "a" if ckpt else "w") as log, \
-            tqdm(itertools.count(first), initial=first, total=total, desc=kind, unit="step", mininterval=1) as bar:
+    total, now, saved, stop = None if args.minutes else args.steps, before, before, False
+    with open(os.devnull if rank else os.path.splitext(args.out)[0] + ".jsonl", "a" if ckpt else "w") as log, \
+            tqdm(itertools.count(first), initial=first, total=total, desc=kind, unit="step", mininterval=1, disable=rank > 0) as bar:
         for step in bar:
             if total is not None and step >= total:
                 break
-            share = step / args.steps if total else seconds() / (60 * args.minutes)
-            row = train_step(nets, train, step, share, args)
-            last = step + 1 == total if total else seconds() >= 60 * args.minutes
-            check = (step + 1) % args.eval_every == 0 or last
+            row = train_step(nets, net, train, step, step / args.steps if total else now / (60 * args.minutes), args, rank, world)
+            check = (step + 1) % args.eval_every == 0 or step + 1 == total
+            if world == 1 or step % 10 == 9 or check:  # several processes agree now and then: each time they wait
+                now, stop = seconds(), over_processes(interrupted(), "max", device)
+            last = step + 1 == total if total else now >= 60 * args.minutes
+            check = check or last
             if step % 10 == 9 or check:
-                row = {"step": step + 1} | {k: v.item() for k, v in row.items()}
+                row = {"step": step + 1} | {k: over_processes(v.item(), "mean", device) for k, v in row.items()}
                 if not math.isfinite(row["loss"] + row["grad_norm"]):
                     raise FloatingPointError(f"the loss is not finite at step {step + 1}; the last good checkpoint is kept: "
                                              f"lower --lr (now {args.lr}) and start again, or --resume")
-                row["tokens_per_s"] = (step + 1 - first) * args.batch * args.length / (seconds() - before)
+                row["tokens_per_s"] = (step + 1 - first) * args.batch * args.length / (now - before)
                 bar.set_postfix(loss=f"{row['loss']:.3f}", tok_s=f"{row['tokens_per_s']:.0f}")
-                if check:
+                if check and rank == 0:
                     row.update(validate(nets["ema"], data, args, device))
                     tqdm.write(f"step {step + 1}: " + ", ".join(f"{k} {row[k]:.3f}" for k in row if k.startswith("val")))
                 log.write(json.dumps(row) + "\n")
                 log.flush()
-            stop = interrupted()
-            if check or stop or seconds() - saved > 60 * args.save_minutes:
-                saved = save(step + 1)
+            if check or stop or now - saved > 60 * args.save_minutes:
+                saved = save(step + 1, now)
             if stop:
-                return print(interrupted_at("train_teacher.py" + " --causal" * args.causal, step + 1, args.out)) or 130
+                return rank or print(interrupted_at("train_teacher.py" + " --causal" * args.causal, step + 1, args.out)) or 130
             if last:
                 break
-    print(f"wrote {args.out}")
+    if rank == 0:
+        print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":
