@@ -429,9 +429,10 @@ def print_table(path):
         print("\nAt the entropy of held-out data:\n\n| run | model | steps | " + " | ".join(best) + " |\n|" + "---|" * (len(best) + 3))
     for label, seeds in swept.items():
         for name, n in dict.fromkeys((r["row"], r["steps"]) for r in seeds[0][1:] if "guided" not in r["row"]):
-            cells = [spread([at_entropy(rows, name, n, rows[0]["entropy"], c) for rows in seeds], shown[c])
-                     for c in best]
-            print(f"| {label} | {name} | {n or ''} | {' | '.join(cells)} |")
+            values = [[at_entropy(rows, name, n, rows[0]["entropy"], c) for rows in seeds] for c in best]
+            inside = sum(v == v for v in values[0])  # seeds whose temperatures reach that entropy
+            print(f"| {label} | {name}{'' if inside == len(seeds) else f' ({inside} of {len(seeds)} seeds reach it)'} | {n or ''} | "
+                  f"{' | '.join(spread(v, shown[c]) for c, v in zip(best, values))} |")
         for column in [c for c in ("valid", "judge_ppl") if c in shown]:
             need = [steps_to_match(rows, rows[0]["entropy"], column) for rows in seeds]
             if need[0] == need[0]:
