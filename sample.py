@@ -496,7 +496,7 @@ def plot(swept, path):
             ax.plot(np.mean([r["entropy"] for r in held]), np.mean([r[column] for r in held]), "g*", markersize=12, label="held-out data")
         ax.set(xlabel="unigram entropy within a sample, nats", ylabel=label, yscale="log" if column == "judge_ppl" else "linear")
         ax.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    axes[-1].legend(fontsize=8, loc="center left")
     figure.savefig(path, dpi=110)
     print(f"wrote {path}")
 
