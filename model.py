@@ -380,7 +380,10 @@ def parse_resumable(parser, kind, argv=None):
 def run_script(main):
     """Run main(); what the user can mend becomes one line on stderr and exit code 2."""
     try:
-        sys.exit(main())
+        code = main()
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # the first process may still be writing
+        sys.exit(code)
     except BrokenPipeError:  # `| head` has seen enough
         os._exit(0)
     except KeyboardInterrupt:
@@ -389,3 +392,6 @@ def run_script(main):
     except (ValueError, FileNotFoundError, FloatingPointError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # else its threads may abort the interpreter as it ends

@@ -955,8 +955,9 @@ def test_two_processes_distil_with_averaged_gradients(tiny):
                       "if sys.argv.pop(1) == 'equal':\n    distill.process_seed = lambda args, rank, first: args.seed\n"
                       "keep, real = {}, distill.networks\n"
                       "def networks(*args):\n    out = real(*args)\n    keep.update(out[0])\n    return out\n"
-                      "distill.networks = networks\ndistill.main(sys.argv[1:])\n"
-                      "print('weights', sum(p.double().sum().item() for p in keep['model'].parameters()), flush=True)\n")
+                      "distill.networks = networks\n"
+                      "def main():\n    distill.main(sys.argv[1:])\n    print('weights', sum(p.double().sum().item() for p in keep['model'].parameters()), flush=True)\n"
+                      "distill.run_script(main)\n")
     double = TINY_DISTILL + ["--groups", "4", "--disc_batch", "8"]
     assert not distill.main(TINY_DISTILL + ["--out", "one.pt"])
     torchrun(2, driver, ["equal", *double, "--out", "equal.pt"])
