@@ -15,8 +15,8 @@ Notation (one name per quantity)         Shapes: B sequences, L tokens, V tokens
 Sign: a reward is always maximised. The discriminator has label 1 on reference text, so its logit estimates
   r(z_t) = log q_reference(z_t) - log q_student(z_t),    and the student ascends r.
 
-A denoiser is any callable (z (B, L), where (B, L) or None) -> logits (n, V) or (B, L, V). Random numbers come from torch's
-global generator: seed with torch.manual_seed.
+A denoiser is any callable (z (B, L), where) -> logits (n, V); `where` is True at n of (B, L) positions, or has the n flat indices.
+Random numbers come from torch's global generator: seed with torch.manual_seed.
 """
 import math
 
@@ -55,18 +55,24 @@ def predict(denoiser, z, where, temperature=1.0):
     return F.log_softmax(denoiser(z, where).float() / temperature, dim=-1)
 
 
-def nelbo(denoiser, x, mask_id, t=None):
+def nelbo(denoiser, x, mask_id, t=None, size=None):
     """Negative evidence lower bound of x (B, L), nats per token, and the unweighted masked cross-entropy, nats per masked token.
 
     NELBO = E_t E_{z_t} (1/t) * sum over masked i of -log p(x_i | z_t), / L.  t (B,) defaults to low-discrepancy draws.
     exp(NELBO) bounds the perplexity from above. The second value has the same minimiser and less noise: short runs train on it.
+    The head runs at the masked positions only; with `size` at so many positions, whatever n is, for a compiler that wants equal shapes.
     """
     t = low_discrepancy_times(len(x), x.device) if t is None else t
     z = forward_mask(x, t, mask_id)
-    where = z == mask_id
-    nll = -predict(denoiser, z, where).gather(1, x[where][:, None])[:, 0]  # (n,)
-    per_row = t[:, None].expand_as(x)[where]  # (n,)
-    return (nll / per_row).sum() / x.numel(), nll.sum() / max(len(nll), 1)
+    where = (z == mask_id).flatten()
+    index = torch.nonzero_static(where, size=size)[:, 0] if size else where.nonzero()[:, 0]  # (n,); -1 where there are fewer masks
+    nll = -predict(denoiser, z, index).gather(1, x.flatten()[index][:, None])[:, 0] * (index >= 0)  # (n,)
+    return (nll / t[index.clamp(min=0) // x.shape[1]]).sum() / x.numel(), nll.sum() / (index >= 0).sum().clamp(min=1)
+
+
+def most_masks(B, L):
+    """A `size` for nelbo with its own times t: their mean is at most (B + 1)/(2B), and six standard deviations come on top."""
+    return min(B * L, (B + 1) * L // 2 + math.ceil(6 * math.sqrt(B * L / 6)))
 
 
 # --------------------------------------------------------------------------------------------------------------- sampling

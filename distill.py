@@ -89,6 +89,7 @@ def parse_flags(argv=None):
     g.add_argument("--lr", type=float, default=6e-4, help="student's learning rate; falls linearly to a tenth")
     g.add_argument("--ema", type=float, default=0.97, help="decay of the weight average that is saved and sampled")
     g.add_argument("--steps", type=int, default=480, help="updates of the student")
+    g.add_argument("--minutes", type=float, help="stop after so many minutes, with the schedule fitted to them, whatever --steps says")
     g = p.add_argument_group("run")
     g.add_argument("--bench", action="store_true", help="train nothing: time an update, and tell FLOP/s, share of the GPU's peak, memory")
     g.add_argument("--ablate", metavar="FILE", help="instead: each component's worth over seeds 0, 1, 2, into this JSON file; resumes")
@@ -97,13 +98,17 @@ def parse_flags(argv=None):
     add_machine_flags(g)
     g.add_argument("--eval_every", type=int, default=40, help="updates between tables, each of which saves a checkpoint")
     g.add_argument("--eval_samples", type=int, default=128, help="samples per row of these tables (standard error .04 at 128)")
+    g.add_argument("--save_minutes", type=float, default=10, help="minutes between checkpoints, where tables are rarer")
+    g.add_argument("--compile", action=on_off, help="torch.compile the trunks [no; yes on CUDA]")
     g.add_argument("--resume", action="store_true", help="go on from --out; flags not given again are those of the checkpoint")
     args, ckpt = parse_resumable(p, "student", argv)
     if not ckpt:
         p.set_defaults(**(PAPER if args.paper else {}) | (SDTT if args.objective == "sdtt" else {}))
         args = p.parse_args(argv)
     check_flags(args)
-    return args, pick_device(args), ckpt
+    device = pick_device(args)
+    args.compile = device.type == "cuda" if args.compile is None else args.compile
+    return args, device, ckpt
 
 
 def check_flags(args):
@@ -114,6 +119,8 @@ def check_flags(args):
         raise ValueError("--objective sdtt has no discriminator to warm up, and needs at least one update for each of its --rounds")
     if not 0 < args.t_range[0] <= args.t_range[1] <= 1:
         raise ValueError(f"--t_range {args.t_range[0]} {args.t_range[1]}: give two levels, 0 < low <= high <= 1")
+    if args.minutes is not None and not args.minutes > 0:
+        raise ValueError(f"--minutes {args.minutes} must be more than 0")
     if args.disc_batch > args.groups * args.G:
         raise ValueError(f"--disc_batch {args.disc_batch} is more than the {args.groups * args.G} samples of an update (groups * G)")
 
@@ -167,26 +174,28 @@ def descend(loss, net, optimizer):
 
 
 @torch.no_grad()
-def evaluate(model, num, data, device, steps=(4, 8, 16), disc=None, positions=None, noise_max=1.0):
+def evaluate(model, num, data, device, steps=(4, 8, 16), disc=None, batch=256):
     """{"valid@4": .., "entropy@4": .., "length@4": .., ..} of `num` samples in 4, 8 and 16 steps, guided if there is a discriminator.
 
     Always with the same random numbers.
     """
+    def write(z, n):
+        if disc:
+            return didi.guided_sample(model, disc, z, n, mask_id, disc.positions, noise_max=disc.noise_max)[0]
+        return didi.sample(model, z, n, mask_id)[0]
     row, mask_id = {}, model.config.mask_id
     with torch.random.fork_rng():
         torch.manual_seed(4321)
         for n in steps:
             z = torch.full((num, model.config.length), mask_id, device=device)
-            x = (didi.guided_sample(model, disc, z, n, mask_id, positions, noise_max=noise_max)[0] if disc else
-                 didi.sample(model, z, n, mask_id)[0])
-            q = quality(x, data)
+            q = quality(torch.cat([write(part, n) for part in z.split(batch)]), data)
             row.update({f"{k}@{n}": q[k] for k in data["shown"]})
     return row
 
 
 def networks(args, config, teacher, device, ckpt):
     """{"model": student, "ema", "opt", and "disc", "disc_opt" or (sdtt) "target": the round's teacher}, copies of the teacher or as
-    the checkpoint left them; and the update to begin with."""
+    the checkpoint left them."""
     student, adam = copy.deepcopy(teacher).requires_grad_(True), {"betas": (0.9, 0.99), "weight_decay": 0.0}
     nets = {"model": student, "ema": copy.deepcopy(teacher), "opt": torch.optim.AdamW(student.parameters(), lr=args.lr, **adam)}
     if args.objective == "sdtt":
@@ -194,15 +203,18 @@ def networks(args, config, teacher, device, ckpt):
     else:
         disc = nets["disc"] = Discriminator(teacher, args.disc_blocks).to(device)
         nets["disc_opt"] = torch.optim.AdamW([p for p in disc.parameters() if p.requires_grad], lr=args.disc_lr, **adam)
-    if not ckpt:
-        return nets, 0
-    for name, net in nets.items():
-        net.load_state_dict(ckpt[name])
-    set_rng_state(ckpt["rng"], device)
-    return nets, ckpt["step"]
+    if ckpt:
+        for name, net in nets.items():
+            net.load_state_dict(ckpt[name])
+        set_rng_state(ckpt["rng"], device)
+    if args.compile:
+        for net in [teacher, *(nets[name] for name in ("model", "target", "disc") if name in nets)]:
+            net = getattr(net, "body", net)
+            net.trunk = torch.compile(net.trunk, dynamic=False)
+    return nets
 
 
-def didi_update(step, nets, student, disc, teacher, reference, args):
+def didi_update(step, share, nets, student, disc, teacher, reference, args):
     """One iteration of DiDi-Instruct, read downwards; the numbers are the README's. Returns what to log.
 
     Until step = --disc_warmup only the discriminator learns. student and disc are nets["model"] and nets["disc"], or in DDP.
@@ -243,13 +255,14 @@ def didi_update(step, nets, student, disc, teacher, reference, args):
                   "entropy": entropy.item(), "norm": descend(policy + args.kl * kl - args.entropy * entropy, nets["model"], nets["opt"])}
 
 
-def sdtt_update(step, nets, student, disc, teacher, reference, args):
+def sdtt_update(step, share, nets, student, disc, teacher, reference, args):
     """One iteration of self-distillation through time (arXiv 2410.21035): match in one step what two steps of `target` predict.
 
-    The updates are shared out among the rounds; in each, student and target begin as the student so far. Returns what to log.
+    The training is shared out among the rounds; in each, student and target begin as the student so far. share: (before, now), how
+    much of the training was done at the last update and is now, 0 to 1. Returns what to log.
     """
-    mask_id, k = teacher.config.mask_id, step * len(args.rounds) // args.steps
-    if step == 0 or k > (step - 1) * len(args.rounds) // args.steps:
+    mask_id, (last, k) = teacher.config.mask_id, (min(int(part * len(args.rounds) + 1e-9), len(args.rounds) - 1) for part in share)
+    if step == 0 or k > last:
         for name in ("target", "model"):
             nets[name].load_state_dict(nets["ema"].state_dict())
         nets["opt"].state.clear()
@@ -262,14 +275,13 @@ def sdtt_update(step, nets, student, disc, teacher, reference, args):
     return {"round": args.rounds[k], "kl": kl.item(), "norm": descend(kl, nets["model"], nets["opt"])}
 
 
-def finish_row(row, done, args, log, bar, report, save):
-    """After an update: stop if something is not finite; at intervals a table and a checkpoint; then the log."""
+def finish_row(row, args, log, bar, report):
+    """After an update: stop if something is not finite; a table, if there is something to `report`; then the log."""
     if not math.isfinite(sum(row.values())):
         raise diverged(row["step"], args)
-    if (done > 0 and done % args.eval_every == 0) or done == args.steps:
+    if report:
         row |= report()
         tqdm.write(f"update {row['step']}: " + ", ".join(f"{k} {row[k]:.3f}" for k in row if "@" in k))
-        save(row["step"])
     log.write(json.dumps(row | {"time": time.time()}) + "\n")
     log.flush()
     bar.set_postfix({k: f"{row[k]:.3f}" for k in ("disc_acc", "r_ref", "r_student", "kl") if k in row})
@@ -300,8 +312,7 @@ def ablate(path, argv, device, num=1000):
         model = build_denoiser(config, ckpt["ema"], device, ckpt["flags"]["bf16"]).requires_grad_(False)
         disc = build_discriminator(model, ckpt) if "guided" in label else None
         data = data or load_data(ckpt["data"], config.length)
-        row = evaluate(model, num, data, device, (4, 8, 16, 32), disc, ckpt["flags"]["positions"],
-                       1.0 if ckpt["flags"]["coupled"] else ckpt["flags"]["noise_max"])
+        row = evaluate(model, num, data, device, (4, 8, 16, 32), disc)
         results.setdefault(label, {})[seed] = row | {"flags": ckpt["flags"]}
         write_json(path, results)
     shown = [k.split("@")[0] for k in next(iter(next(iter(results.values())).values())) if k.endswith("@8")]
@@ -323,47 +334,61 @@ def main(argv=None):
     device, rank, world = join_processes(device)
     if args.groups % world or args.disc_batch % world:
         raise ValueError(f"--groups {args.groups} and --disc_batch {args.disc_batch} must be multiples of the {world} processes")
-    share = argparse.Namespace(**vars(args) | {"groups": args.groups // world, "disc_batch": args.disc_batch // world})  # of one process
+    mine = argparse.Namespace(**vars(args) | {"groups": args.groups // world, "disc_batch": args.disc_batch // world})
     torch.manual_seed(process_seed(args, rank, 0))
     loaded, config = load_checkpoint(args.teacher.format(seed=args.seed), "teacher", device)
     teacher = build_denoiser(config, loaded["ema"], device, args.bf16).requires_grad_(False)
-    data = load_once(loaded["data"], config.length, rank)
-    reference = data["train"] if data["kind"] == "gpt2" else data["train"].to(device)
-    if args.reference == "teacher":
-        reference = teacher_samples(teacher)
-    nets, first = networks(args, config, teacher, device, ckpt)
+    data = load_once(loaded["data"], config.length, rank, device)
+    reference = data["train"] if args.reference == "data" else teacher_samples(teacher)
+    nets, first = networks(args, config, teacher, device, ckpt), ckpt["step"] if ckpt else 0
+    before, share = (ckpt["seconds"], ckpt["share"]) if ckpt else (0.0, 0.0)
     if rank > 0 and first > 0:
         torch.manual_seed(process_seed(args, rank, first))
     student, disc = parallel(nets["model"], world), parallel(nets["disc"], world) if "disc" in nets else None
 
-    def update(step):
-        return (didi_update if args.objective == "didi" else sdtt_update)(step, nets, student, disc, teacher, reference, share)
+    def update(step, share):
+        return (didi_update if args.objective == "didi" else sdtt_update)(step, share, nets, student, disc, teacher, reference, mine)
     if args.bench:
-        return bench(lambda: update(args.disc_warmup), args.groups * args.G * config.length, device)
+        return bench(lambda: update(args.disc_warmup, (0.0, 0.0)), args.groups * args.G * config.length, device)
 
     def report():
         return evaluate(nets["ema"], args.eval_samples, data, device)
 
     def save(step):
-        save_checkpoint(args.out, config, kind="student", step=step, rng=rng_state(device), flags=vars(args), tokenizer=data["kind"],
-                        data=loaded["data"], **{name: net.state_dict() for name, net in nets.items()})
+        if rank == 0:
+            save_checkpoint(args.out, config, kind="student", step=step, seconds=now, share=share, rng=rng_state(device),
+                            flags=vars(args), tokenizer=data["kind"], data=loaded["data"],
+                            **{name: net.state_dict() for name, net in nets.items()})
+        return now
     os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
-    total, interrupted = args.disc_warmup + args.steps, catch_interrupt()
+    total, interrupted, begin = None if args.minutes else args.disc_warmup + args.steps, catch_interrupt(), time.perf_counter()
+    now = saved = before
     with open(os.devnull if rank else os.path.splitext(args.out)[0] + ".jsonl", "a" if ckpt else "w") as log, \
-            tqdm(range(first, total), initial=first, total=total, desc=args.objective, unit="update", mininterval=1, disable=rank > 0) as bar:
+            tqdm(itertools.count(first), initial=first, total=total, desc=args.objective, unit="update", mininterval=1, disable=rank > 0) as bar:
         for step in bar:
-            done = step + 1 - args.disc_warmup  # updates of the student
-            nets["opt"].param_groups[0]["lr"] = args.lr * (1 - 0.9 * max(done - 1, 0) / args.steps)
+            if total is not None and step >= total:
+                break
+            done, last_share = step + 1 - args.disc_warmup, share  # updates of the student
+            share = max(done - 1, 0) / args.steps if total else min(now / (60 * args.minutes), 1.0)
+            nets["opt"].param_groups[0]["lr"] = args.lr * (1 - 0.9 * share)
             try:
-                row = {"step": step + 1} | update(step)
+                row = {"step": step + 1} | update(step, (last_share, share))
             except FloatingPointError:
                 raise diverged(step + 1, args) from None
             if done > 0:
                 update_ema(nets["ema"], nets["model"], args.ema)
+            now = over_processes(before + time.perf_counter() - begin, "max", device)  # seconds, of the slowest process
+            last = step + 1 == total if total else now >= 60 * args.minutes
+            check = last or (done > 0 and done % args.eval_every == 0)
             if rank == 0:
-                finish_row(row, done, args, log, bar, report, save)
-            if over_processes(interrupted(), "max", device):
-                return rank or save(step + 1) or print(interrupted_at("distill.py", step + 1, args.out)) or 130
+                finish_row(row, args, log, bar, report if check else None)
+            stop = over_processes(interrupted(), "max", device)
+            if check or stop or now - saved > 60 * args.save_minutes:
+                saved = save(step + 1)
+            if stop:
+                return rank or print(interrupted_at("distill.py", step + 1, args.out)) or 130
+            if last:
+                break
     if rank == 0:
         print(f"wrote {args.out}")
 

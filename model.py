@@ -132,9 +132,9 @@ class Denoiser(nn.Module):
             return self.out(h)[..., :self.config.vocab_size]
 
     def forward(self, z, where=None):
-        """Logits (B, L, V), or (n, V) at the n True positions of `where` (B, L) alone."""
-        h = self.trunk(z)
-        return self.head(h if where is None else h[where])
+        """Logits (B, L, V), or (n, V) at the n True positions of `where` (B, L), or at the flat indices `where` (n,), alone."""
+        h = self.trunk(z)  # (B, L, D)
+        return self.head(h if where is None else h[where] if where.dtype == torch.bool else h.flatten(0, 1)[where])
 
 
 class Discriminator(nn.Module):
@@ -210,8 +210,13 @@ def build_denoiser(config, state, device="cpu", bf16=False):
 
 
 def build_discriminator(denoiser, ckpt):
-    """The Discriminator in a student's checkpoint, frozen, in eval mode: spectral norm must not go on iterating."""
-    disc = Discriminator(denoiser, ckpt["flags"]["disc_blocks"]).to(denoiser.position.device)
+    """The Discriminator in a student's checkpoint, frozen, in eval mode: spectral norm must not go on iterating.
+
+    With what guided sampling has to know of its training: `positions`, and `noise_max`, the highest level it has seen.
+    """
+    flags = ckpt["flags"]
+    disc = Discriminator(denoiser, flags["disc_blocks"]).to(denoiser.position.device)
+    disc.positions, disc.noise_max = flags["positions"], 1.0 if flags["coupled"] else flags["noise_max"]
     try:
         disc.load_state_dict(ckpt["disc"])
     except RuntimeError:

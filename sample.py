@@ -130,7 +130,10 @@ def read_json(path):
 
 
 def load_net(kind, args, device):
-    """{"device", "config", "flags", "data", "tokenizer", "eos", "denoiser"} of a checkpoint; a DiDi student has "discriminator", "positions" too. ValueError if odd."""
+    """{"device", "config", "flags", "data", "tokenizer", "eos", "denoiser"} of a checkpoint, of a DiDi student "discriminator" too.
+
+    ValueError if it is odd.
+    """
     path = getattr(args, kind)
     ckpt, config = load_checkpoint(path, kind, device)
     guided = kind == "student" and ckpt.get("flags", {}).get("objective") != "sdtt"
@@ -141,8 +144,7 @@ def load_net(kind, args, device):
     net = {"device": device, "config": config, "flags": ckpt["flags"], "data": ckpt["data"], "tokenizer": tokenizer, "eos": end_token(tokenizer),
            "denoiser": build_denoiser(config, ckpt["ema"], device, args.bf16).requires_grad_(False)}
     if guided:
-        net |= {"discriminator": build_discriminator(net["denoiser"], ckpt), "positions": ckpt["flags"]["positions"],
-                "noise_max": 1.0 if ckpt["flags"]["coupled"] else ckpt["flags"]["noise_max"]}
+        net["discriminator"] = build_discriminator(net["denoiser"], ckpt)
     return net
 
 
@@ -187,8 +189,9 @@ def write(net, z, args, on_step=None, name=None):
 
     def run(z, steps):
         if args.sampler == "rgas":
-            return didi.guided_sample(net["denoiser"], net["discriminator"], z, steps, mask_id, net["positions"],
-                                      args.guidance, args.candidates, args.switch, T, net["noise_max"])
+            disc = net["discriminator"]
+            return didi.guided_sample(net["denoiser"], disc, z, steps, mask_id, disc.positions, args.guidance, args.candidates,
+                                      args.switch, T, disc.noise_max)
         x, nfe = (autoregress(net["denoiser"], len(z), net["eos"], T, on_step) if args.sampler == "autoregressive" else
                   didi.sample(net["denoiser"], z, steps, mask_id, T, on_step))
         return x, nfe, torch.zeros_like(nfe)

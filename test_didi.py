@@ -10,6 +10,7 @@ import gzip
 import http.server
 import importlib.util
 import io
+import itertools
 import json
 import lzma
 import os
@@ -50,7 +51,10 @@ def index(z):
 
 
 def lookup(table):
-    return lambda z, where=None: table[index(z)] if where is None else table[index(z)][where]
+    def denoiser(z, where=None):
+        logits = table[index(z)]  # (B, L, V)
+        return logits if where is None else logits[where] if where.dtype == torch.bool else logits.flatten(0, 1)[where]
+    return denoiser
 
 
 def masks(n, L):
@@ -186,6 +190,39 @@ def test_nelbo_is_the_weighted_sum_and_its_second_value_the_mean_over_masks():
     nothing_masked = didi.nelbo(lookup(table), x, MASK, torch.zeros(6))
     assert torch.stack(nothing_masked).tolist() == [0, 0]
     assert (torch.autograd.grad(sum(nothing_masked), table)[0] == 0).all()
+    for size in (12, 11):  # of 12 positions; fewer are masked
+        torch.manual_seed(1)
+        fixed = didi.nelbo(lookup(table), x, MASK, t, size)
+        assert torch.isclose(fixed[0], bound) and torch.isclose(fixed[1], mean_nll)
+        assert torch.allclose(*(torch.autograd.grad(value, table, retain_graph=True)[0] for value in (fixed[0], bound)))
+
+
+@pytest.mark.parametrize("B, L", [(1, 3), (8, 24), (64, 48), (32, 1024)])
+def test_most_masks_are_enough_and_few(B, L, monkeypatch):
+    torch.manual_seed(0)
+    size, rand = didi.most_masks(B, L), torch.rand
+    assert size <= B * L and (B * L < 3000 or size < 0.57 * B * L)
+    for u in torch.linspace(0, 1 - 2.0 ** -24, 20):  # of low_discrepancy_times: all it can draw
+        monkeypatch.setattr(torch, "rand", lambda *shape, u=u, **kw: u if shape == ((),) else rand(*shape, **kw))
+        t = didi.low_discrepancy_times(B)
+        assert max((didi.forward_mask(torch.zeros(B, L), t, MASK) == MASK).sum() for _ in range(5)) <= size
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_compiled_loss_is_one_graph_whatever_is_masked(causal):
+    torch._dynamo.reset()
+    graphs = []
+    torch.manual_seed(0)
+    net = model.Denoiser(model.Config(V, 24, 1, 2, 16, causal))
+    net.bf16 = True
+    compiled = torch.compile(train_teacher.losses, fullgraph=True, dynamic=False, backend=lambda g, _: graphs.append(g) or g.forward)
+    for seed in range(4):
+        x = torch.randint(V, (8, 24))
+        torch.manual_seed(seed)
+        eager = train_teacher.losses(net, net.config, x)
+        torch.manual_seed(seed)
+        assert torch.allclose(torch.stack(compiled(net, net.config, x, didi.most_masks(8, 24))), torch.stack(eager), rtol=1e-2)
+    assert len(graphs) == 1
 
 
 # ------------------------------------------------------------------------------------------------------------------- sampling
@@ -889,32 +926,40 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tiny, monkeypatch):
         train_teacher.main(TINY + ["--accumulate", "3"])
 
 
-def test_minutes_fit_the_schedule_and_resume_counts_them(tiny):
-    assert not train_teacher.main(TINY + ["--minutes", "0.03", "--steps", "1", "--warmup", "0"])
-    ckpt = torch.load("out/teacher.pt", weights_only=True)
-    assert ckpt["step"] > 2 and 1.8 <= ckpt["seconds"] < 10
-    assert ckpt["optimizer"]["param_groups"][0]["lr"] < 0.25 * 2e-3  # near its end, a tenth of the peak
-    assert not train_teacher.main(["--resume", "--minutes", "0.031"]) and torch.load("out/teacher.pt", weights_only=True)["step"] <= ckpt["step"] + 20
+@pytest.mark.parametrize("script, flags, optimizer, lr", [
+    (train_teacher, TINY + ["--warmup", "0"], "optimizer", 2e-3), (distill, TINY_DISTILL, "opt", 6e-4),
+    (distill, TINY_DISTILL + ["--objective", "sdtt", "--disc_warmup", "0", "--rounds", "4", "2", "1"], "opt", 1e-3)])
+def test_minutes_fit_the_schedule_and_resume_counts_them(tiny, script, flags, optimizer, lr):
+    if script is distill:
+        train_teacher.main(TINY)
+    assert not script.main(flags + ["--minutes", "0.03", "--steps", "3", "--eval_every", "9999", "--out", "a.pt"])
+    ckpt = torch.load("a.pt", weights_only=True)
+    assert ckpt["step"] > 4 and 1.8 <= ckpt["seconds"] < 10
+    assert ckpt[optimizer]["param_groups"][0]["lr"] < 0.5 * lr  # near its end, a tenth of the peak
+    rounds = [row["round"] for row in map(json.loads, open("a.jsonl")) if "round" in row]
+    assert sorted(rounds, reverse=True) == rounds and len(set(rounds)) in (0, 3)
+    assert not script.main(["--resume", "--minutes", "0.031", "--out", "a.pt"])
+    assert torch.load("a.pt", weights_only=True)["step"] < 1.5 * ckpt["step"]
 
 
-def test_checkpoints_by_the_clock_survive_kill_9(tiny, monkeypatch):
-    """Killed after step 3, with a checkpoint after every step: resumed, it ends as the run that was not."""
-    flags = TINY + ["--eval_every", "99", "--save_minutes", "0"]
-    assert not train_teacher.main(flags + ["--out", "a.pt"])
-    real = train_teacher.train_step
-
-    def dies(nets, net, train, step, *more):
-        if step == 3:
-            os._exit(9)
-        return real(nets, net, train, step, *more)
-    monkeypatch.setattr(train_teacher, "train_step", dies)
+@pytest.mark.parametrize("script, step_of, flags, dies_at", [
+    (train_teacher, "train_step", TINY, 3), (distill, "didi_update", TINY_DISTILL, 3),
+    (distill, "sdtt_update", TINY_DISTILL + ["--objective", "sdtt", "--disc_warmup", "0", "--rounds", "4", "2"], 2)])
+def test_checkpoints_by_the_clock_survive_kill_9(tiny, monkeypatch, script, step_of, flags, dies_at):
+    """Killed in a step, with a checkpoint after every step: resumed, it ends as the run that was not."""
+    if script is distill:
+        train_teacher.main(TINY)
+    flags = flags + ["--eval_every", "99", "--save_minutes", "0"]
+    assert not script.main(flags + ["--out", "a.pt"])
+    real, calls = getattr(script, step_of), itertools.count()
+    monkeypatch.setattr(script, step_of, lambda *args: os._exit(9) if next(calls) == dies_at else real(*args))
     child = os.fork()
     if child == 0:
-        train_teacher.main(flags + ["--out", "b.pt"])
+        script.main(flags + ["--out", "b.pt"])
         os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9 and torch.load("b.pt", weights_only=True)["step"] == 3
-    monkeypatch.setattr(train_teacher, "train_step", real)
-    assert not train_teacher.main(["--resume", "--out", "b.pt"])
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9 and torch.load("b.pt", weights_only=True)["step"] == dies_at
+    monkeypatch.setattr(script, step_of, real)
+    assert not script.main(["--resume", "--out", "b.pt"])
     same_checkpoint("a.pt", "b.pt")
 
 
@@ -954,7 +999,7 @@ def test_two_processes_distil_with_averaged_gradients(tiny):
     driver.write_text("import sys, distill\n"
                       "if sys.argv.pop(1) == 'equal':\n    distill.process_seed = lambda args, rank, first: args.seed\n"
                       "keep, real = {}, distill.networks\n"
-                      "def networks(*args):\n    out = real(*args)\n    keep.update(out[0])\n    return out\n"
+                      "def networks(*args):\n    out = real(*args)\n    keep.update(out)\n    return out\n"
                       "distill.networks = networks\n"
                       "def main():\n    distill.main(sys.argv[1:])\n    print('weights', sum(p.double().sum().item() for p in keep['model'].parameters()), flush=True)\n"
                       "distill.run_script(main)\n")

@@ -475,7 +475,7 @@ def parse_flags(argv=None):
     g.add_argument("--lr", type=float, help="peak learning rate of AdamW: warm-up, then cosine to a tenth of it [2e-3; 1e-3; 3e-4]")
     g.add_argument("--warmup", type=int, help="steps of linear warm-up [100; 300; 2000]")
     g.add_argument("--ema", type=float, default=0.995, help="decay of the weight average that is sampled and distilled")
-    g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the trunk [no; yes on CUDA]")
+    g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the network with its loss [no; yes on CUDA]")
     g = p.add_argument_group("run")
     add_machine_flags(g)
     g.add_argument("--out", help="checkpoint; the log lies beside it as .jsonl [out/teacher.pt, with --causal out/causal.pt]")
@@ -530,15 +530,15 @@ def validate(model, data, args, device):
     return row
 
 
-def losses(net, config, x):
+def losses(net, config, x, size=None):
     """Of x (B, L): the bound to report, nats per token, and the loss to train on, which is less noisy in a short run."""
     if config.causal:
         return (causal_nll(net, x, config.mask_id).mean(),) * 2
-    return didi.nelbo(net, x, config.mask_id)
+    return didi.nelbo(net, x, config.mask_id, size=size)
 
 
-def train_step(nets, net, train, step, share, args, rank=0, world=1):
-    """One optimiser step through `net`; share: of the whole training that is done. Returns what to log, as tensors.
+def train_step(nets, net, loss_of, train, step, share, args, rank=0, world=1):
+    """One optimiser step of loss_of(net, ..); share: of the whole training that is done. Returns what to log, as tensors.
 
     The batch is args.accumulate parts with random numbers of their own, shared out among the processes: so any number of processes
     does the same.
@@ -552,7 +552,7 @@ def train_step(nets, net, train, step, share, args, rank=0, world=1):
             torch.manual_seed(hash((args.seed, step, part)) % 2 ** 63)
         x = draw_rows(train, args.batch // args.accumulate, args.length, model.position.device)  # (B, L)
         with net.no_sync() if world > 1 and part != mine[-1] else contextlib.nullcontext():
-            bound, loss = losses(net, model.config, x)
+            bound, loss = loss_of(net, model.config, x, didi.most_masks(*x.shape) if args.compile else None)
             (loss / len(mine)).backward()
         row.update({"loss": loss.detach() / len(mine), "nelbo": bound.detach() / len(mine)})
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -572,20 +572,21 @@ def networks(args, config, device, ckpt):
         for name, net in nets.items():
             net.load_state_dict(ckpt[name])
         set_rng_state(ckpt["rng"], device)
-    if args.compile:
-        model.trunk = torch.compile(model.trunk)
     return nets, *((ckpt["step"], ckpt["seconds"]) if ckpt else (0, 0.0))
 
 
-def load_once(source, length, rank):
-    """load_data in every process, in the first one before the others: what has to be downloaded or tokenized is made once."""
+def load_once(source, length, rank, device):
+    """load_data in every process, in the first one before the others: what has to be downloaded or tokenized is made once.
+
+    Training texts go to the device; a corpus of packed tokens stays on the disk.
+    """
     if torch.distributed.is_initialized() and rank > 0:
         torch.distributed.barrier()
     with contextlib.redirect_stdout(None if rank else sys.stdout):
         data = load_data(source, length)
     if torch.distributed.is_initialized() and rank == 0:
         torch.distributed.barrier()
-    return data
+    return data if data["kind"] == "gpt2" else data | {"train": data["train"].to(device)}
 
 
 def describe(data, args, nets, device):
@@ -602,15 +603,17 @@ def main(argv=None):
     if args.accumulate % world or args.batch % args.accumulate:
         raise ValueError(f"--accumulate {args.accumulate} must divide --batch {args.batch} and be a multiple of the {world} processes")
     torch.manual_seed(args.seed)
-    data = load_once(source, args.length, rank)
-    train = data["train"] if data["kind"] == "gpt2" else data["train"].to(device)
+    data = load_once(source, args.length, rank, device)
+    train = data["train"]
     config = Config(data["tokenizer"].n_vocab, args.length, args.n_layer, args.n_head, args.n_embd, args.causal)
     nets, first, before = networks(args, config, device, ckpt)
     net = parallel(nets["model"], world)
+    # one graph of network, head and loss, in which every shape is fixed
+    loss_of = torch.compile(losses, fullgraph=world == 1, dynamic=False) if args.compile else losses
     if rank == 0:
         describe(data, args, nets, device)
     if args.bench:
-        return bench(lambda: train_step(nets, net, train, 0, 0.0, args, rank, world), args.batch * args.length, device)
+        return bench(lambda: train_step(nets, net, loss_of, train, 0, 0.0, args, rank, world), args.batch * args.length, device)
     interrupted, begin = catch_interrupt(), time.perf_counter()
 
     def seconds():  # of training, earlier runs included; the slowest process's
@@ -628,7 +631,7 @@ def main(argv=None):
         for step in bar:
             if total is not None and step >= total:
                 break
-            row = train_step(nets, net, train, step, step / args.steps if total else now / (60 * args.minutes), args, rank, world)
+            row = train_step(nets, net, loss_of, train, step, step / args.steps if total else now / (60 * args.minutes), args, rank, world)
             check = (step + 1) % args.eval_every == 0 or step + 1 == total
             if world == 1 or step % 10 == 9 or check:  # several processes agree now and then: each time they wait
                 now, stop = seconds(), over_processes(interrupted(), "max", device)
