@@ -42,7 +42,7 @@ COLUMNS = ("row", "steps", "T", "nfe", "disc_calls", "valid", "valid_se", "judge
            "ks", "js1", "js2", "low", "seq_per_s")
 NOT_OF = {"bytes": ("ks", "js1", "js2", "low"), "protein": ("valid", "valid_se"),
           "gpt2": ("valid", "valid_se", "novel", "length", "ks", "js1", "js2", "low")}  # columns that a kind of data lacks
-SWEEP = {"teacher": (4, 8, 16, 32, 64, 256), "student": (4, 8, 16, 32), "autoregressive": (None,)}  # steps, each at these ..
+SWEEP = {"teacher": (4, 8, 16, 32, 64, 256, 1024), "student": (4, 8, 16, 32), "autoregressive": (None,)}  # steps, each at these ..
 TEMPERATURES = (1.2, 1.1, 1.0, 0.9, 0.8, 0.7)
 
 
@@ -269,6 +269,7 @@ def make_judge(args, nets, tokenizer, device):
 
     The judge is the causal model or, with --judge, a GPT-2 of the package transformers, which reads the decoded texts.
     """
+    vocabulary = 50257 if args.judge else tokenizer.n_vocab
     if args.judge is None:
         if "autoregressive" not in nets:
             return None
@@ -295,7 +296,7 @@ def make_judge(args, nets, tokenizer, device):
 
     @torch.no_grad()
     def perplexity(x):
-        parts = [nll(part) for part in x.split(args.batch)]
+        parts = [nll(part) for part in x.split(max(1, min(args.batch, 2 ** 28 // (x.shape[1] * vocabulary))))]  # at most 1 GB of logits
         return math.exp(sum((n * m).sum().item() for n, m in parts) / sum(m.sum().item() for _, m in parts))
     return perplexity
 
@@ -318,25 +319,26 @@ def at_entropy(rows, name, steps, entropy, column="valid"):
 def steps_to_match(rows, entropy, column="valid"):
     """Steps that the teacher needs for the student's quality in 8, both at this entropy, linear in log steps.
 
-    4 means at most 4, inf more than 256, NaN that the temperatures measured don't tell.
+    The fewest steps measured mean at most those, inf more than the most, NaN that the temperatures measured don't tell.
     """
     sign, goal = {"valid": 1, "judge_ppl": -1}[column], at_entropy(rows, "student", 8, entropy, column)
-    steps = [math.log2(n) for n in SWEEP["teacher"]]
-    values = [at_entropy(rows, "teacher", n, entropy, column) for n in SWEEP["teacher"]]
+    measured = sorted({r["steps"] for r in rows if r["row"] == "teacher"})
+    steps, values = [math.log2(n) for n in measured], [at_entropy(rows, "teacher", n, entropy, column) for n in measured]
     k = next((k for k, value in enumerate(values) if sign * value >= sign * goal), None)
     if k is None:
-        return math.nan if math.isnan(values[-1]) or math.isnan(goal) else math.inf
+        return math.inf if values and not math.isnan(values[-1] + goal) else math.nan
     if k == 0:
         return 2 ** steps[0]
     return 2 ** (steps[k - 1] + (steps[k] - steps[k - 1]) * (goal - values[k - 1]) / (values[k] - values[k - 1]))
 
 
-def table_plan(args, nets):
-    """(model, steps, T, sampler) of each row of the table, for the models there are."""
+def table_plan(args, nets, length):
+    """(model, steps, T, sampler) of each row of the table, for the models there are; steps as many as make a difference at L."""
+    many = [n for n in SWEEP["teacher"] if n <= max(256, 4 * length)]
     if args.sweep:
-        plan = [(name, n, T, "ancestral") for name, steps in SWEEP.items() for n in steps for T in TEMPERATURES]
+        plan = [(name, n, T, "ancestral") for name, steps in (SWEEP | {"teacher": many}).items() for n in steps for T in TEMPERATURES]
     else:
-        plan = [("teacher", n, 1.0, "ancestral") for n in (4, 8, 16, 32, 64, 256)]
+        plan = [("teacher", n, 1.0, "ancestral") for n in many]
         plan += [("teacher", 8, T, "ancestral") for T in (1.1, 0.9, 0.8, 0.7)]
         plan += [("student", n, 1.0, "ancestral") for n in (4, 8, 16, 32)] + [("autoregressive", None, 1.0, "")]
     plan = [(name, n, T, "autoregressive" if n is None else sampler) for name, n, T, sampler in plan]
@@ -369,6 +371,7 @@ def evaluate(args, device):
 
     def add(x, **row):
         row |= quality(x, data) | {"samples": len(x)} | ({"judge_ppl": judge(x)} if judge else {})
+        row |= {"examples": decode(x[:4], data["tokenizer"])} if row.get("T", 1) == 1 else {}
         rows.append(row | ({"valid_se": math.sqrt(row["valid"] * (1 - row["valid"]) / len(x))} if "valid" in row else {}))
         print(table_line(rows[-1], columns), flush=True)
     print("nfe, disc_calls: network calls per sequence; judge_ppl: perplexity under "
@@ -377,7 +380,7 @@ def evaluate(args, device):
     print(table_line({k: k for k in columns}, columns))
     torch.manual_seed(args.seed)
     add(held_out(data["val"], args.eval_samples, config.length), row="held-out data")
-    z, plan = torch.full((args.eval_samples, config.length), config.mask_id), table_plan(args, nets)
+    z, plan = torch.full((args.eval_samples, config.length), config.mask_id), table_plan(args, nets, config.length)
     for k, (name, steps, T, sampler) in enumerate(plan):
         how = {"steps": steps, "temperature": T, "sampler": sampler}
         net = nets[name.split(",")[0]]
@@ -440,7 +443,7 @@ def print_table(path):
             need = [steps_to_match(rows, rows[0]["entropy"], column) for rows in seeds]
             if need[0] == need[0]:
                 print(f"\n{label}: for the student's {column} in 8 steps the teacher needs, by seed, {', '.join(f'{n:.0f}' for n in need)} steps "
-                      "(inf: more than 256)")
+                      "(inf: more than were measured)")
     return swept
 
 

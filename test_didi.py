@@ -1355,8 +1355,9 @@ def test_equal_entropy_by_hand():
     worse = [r | {"valid": r["valid"] - 0.6} if r["row"] == "student" else r for r in rows]
     assert sample.steps_to_match(worse, 2.0) == 4
     assert sample.steps_to_match([r for r in better if (r["row"], r["steps"]) != ("teacher", 4)], 2.0) == float("inf")
-    unknown = [r for r in better if r.get("steps") != 256]  # the teacher at 256 steps was not measured
-    assert all(v != v for v in (sample.steps_to_match(unknown, 2.0), sample.steps_to_match(rows, 2.3)))
+    unknown = [r for r in better if (r["steps"], r["entropy"]) != (256, 2.2)]  # the teacher at 256 steps at 2.0: outside what was measured
+    no_teacher = [r for r in rows if r["row"] != "teacher"]
+    assert all(v != v for v in (sample.steps_to_match(unknown, 2.0), sample.steps_to_match(rows, 2.3), sample.steps_to_match(no_teacher, 2.0)))
 
 
 def test_sweep_judge_pictures_and_bench(tiny, capsys):

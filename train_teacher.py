@@ -144,6 +144,9 @@ def load_data(source, length):
     "kind": bytes, protein or gpt2; "tokenizer"; "train" and "val" for `draw_rows`; "shown": the metrics of `quality` that training
     logs. Of short texts one in 20 validates, chosen by a hash; "known": the training texts as a set. ValueError if there is no corpus.
     """
+    if source and source["kind"] == "random":
+        tokens = [np.random.default_rng(0).integers(50257, size=1 << 20).astype("<u2")]
+        return {"kind": "gpt2", "tokenizer": argparse.Namespace(name="gpt2", n_vocab=50257), "train": tokens, "val": tokens}
     if source and source["kind"] == "gpt2":
         tokenizer = make_tokenizer("gpt2")
         return {"kind": "gpt2", "tokenizer": tokenizer, "shown": ("entropy", "distinct"), **load_shards(source, tokenizer, length)}
@@ -168,9 +171,12 @@ def load_data(source, length):
 
 
 def data_source(args):
-    """What --data means, for the checkpoint: None (signatures), a FASTA file, or text with the folder of its token shards."""
+    """What --data means, for the checkpoint: None (signatures), a FASTA file, or text with the folder of its token shards.
+
+    Random tokens of GPT-2's vocabulary, where nothing but the speed of a network for text is asked for.
+    """
     if args.data is None:
-        return None
+        return {"kind": "random"} if args.bench and args.size in ("mini", "small") else None
     if re.search(r"\.(fasta|fa|faa)(\.gz|\.xz)?$", args.data):
         return {"kind": "protein", "path": os.path.abspath(args.data), "long": args.long}
     path = args.data if args.data == "openwebtext" else os.path.abspath(args.data)
@@ -489,7 +495,7 @@ def parse_flags(argv=None):
     args, ckpt = parse_resumable(p, kind, argv)
     device = pick_device(args)
     size, source = SIZES[args.size or ("nano" if device.type == "cpu" else "mini")], data_source(args)
-    length = {None: 48, "protein": 128, "gpt2": size["text_length"]}[source and source["kind"]]
+    length = {None: 48, "protein": 128}.get(source and source["kind"], size["text_length"])
     for name, value in (size | {"length": length, "compile": device.type == "cuda"}).items():
         if getattr(args, name, 0) is None:
             setattr(args, name, value)
@@ -521,7 +527,8 @@ def validate(model, data, args, device):
     with torch.random.fork_rng():
         torch.manual_seed(1234)
         x = (data["val"][:1024] if data["kind"] != "gpt2" else held_out(data["val"], 64, args.length)).to(device)
-        nelbo = sum(losses(model, model.config, part)[0].item() * len(part) for part in x.split(args.batch)) / len(x)
+        parts = x.split(max(args.batch // args.accumulate, 1))
+        nelbo = sum(losses(model, model.config, part)[0].item() * len(part) for part in parts) / len(x)
         row = {"val_nelbo": nelbo, "val_ppl": math.exp(nelbo)}
         for steps in (args.length,) if args.causal else (8, 64):
             z = torch.full((args.eval_samples, args.length), mask_id, device=device)
