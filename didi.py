@@ -60,7 +60,7 @@ def nelbo(denoiser, x, mask_id, t=None, size=None):
 
     NELBO = E_t E_{z_t} (1/t) * sum over masked i of -log p(x_i | z_t), / L.  t (B,) defaults to low-discrepancy draws.
     exp(NELBO) bounds the perplexity from above. The second value has the same minimiser and less noise: short runs train on it.
-    The head runs at the masked positions only; with `size` at so many positions, whatever n is, for a compiler that wants equal shapes.
+    The head runs at the n masked positions only, or at `size` >= n positions: equal shapes for a compiler.
     """
     t = low_discrepancy_times(len(x), x.device) if t is None else t
     z = forward_mask(x, t, mask_id)
@@ -71,7 +71,7 @@ def nelbo(denoiser, x, mask_id, t=None, size=None):
 
 
 def most_masks(B, L):
-    """A `size` for nelbo with its own times t: their mean is at most (B + 1)/(2B), and six standard deviations come on top."""
+    """A `size` for nelbo with its own times t: their mean is at most (B + 1)/(2B); six standard deviations come on top."""
     return min(B * L, (B + 1) * L // 2 + math.ceil(6 * math.sqrt(B * L / 6)))
 
 
@@ -79,7 +79,7 @@ def most_masks(B, L):
 def draw(log_p_x, num=1):
     """num independent tokens from each row of log_p_x (n, V) -> (n, num). FloatingPointError if there are NaNs in it.
 
-    By inversion of the cumulative distribution in float64: one random number a token instead of V, and no tail is lost (on MPS, which has no float64, in float32).
+    By inversion of the cumulative distribution in float64 (float32 on MPS): one random number a token instead of V, and no lost tail.
     """
     rows = max(1, 2 ** 27 // log_p_x.shape[1])
     if len(log_p_x) > rows:  # of a large vocabulary, a part at a time: at most 2 GB in float64
@@ -143,9 +143,8 @@ def sample(denoiser, z, steps, mask_id, temperature=1.0, on_step=None):
 def draw_levels(t, K, a=1.0, b=1.0):
     """Levels t = l_0 > l_1 > .. > l_K = 0 of a K-step rollout, (K + 1, B); tau = l_{K-1} (B,); and its density pi (B,).
 
-    K = 2: tau = t * u, u ~ Beta(a, b) clamped to [.02, .98]; the paper has t = 1. For K > 2 each level is a Beta fraction of
-    the one before, and pi the density given that one. K = 1 has no intermediate state: tau is drawn the same way, only to
-    noise x again.
+    K = 2: tau = t * u, u ~ Beta(a, b) clamped to [.02, .98]; the paper has t = 1. For K > 2 each level is a Beta fraction of the one
+    before, and pi the density given that one. K = 1 has no intermediate state: tau only serves to noise x again.
     """
     levels, pi = [t], torch.ones_like(t)
     beta = torch.distributions.Beta(torch.full_like(t, a), torch.full_like(t, b))
@@ -160,11 +159,10 @@ def draw_levels(t, K, a=1.0, b=1.0):
 def rollout(student, z, levels, mask_id, G):
     """Draw G completions of each z (B, L) along levels (K + 1, B), keeping gradients of their log-probabilities.
 
-    Returns x (B*G, L), the G completions of a state side by side, and per step (z, where, log_p_x, log_prob):
-    the states entered (B', L), their masked positions, log_p_x (n, V) there, and log_prob (B*G,), the sum of log p(token) over
-    the positions revealed in this step. Positions that stay masked contribute nothing: (t - s)/t has no parameters.
-    Their sum over steps is log p_student(x) with intermediate-state matching; one forward per step serves sampling,
-    log-probability and regulariser, and the first one serves all G completions.
+    Returns x (B*G, L), the G completions of a state side by side, and per step (z, where, log_p_x, log_prob): the states entered
+    (B', L), their masked positions, log_p_x (n, V) there, and log_prob (B*G,), the sum of log p(token) over the positions revealed.
+    Positions that stay masked contribute nothing: (t - s)/t has no parameters. The sum over steps is log p_student(x) with intermediate-
+    state matching; one forward per step serves sampling, log-probability and regulariser, the first one all G completions.
     """
     steps = []
     for t, s in zip(levels[:-1], levels[1:]):
@@ -249,9 +247,8 @@ def policy_loss(log_prob, advantage, w, L):
 def sdtt_target(teacher, z_t, t, dt, mask_id):
     """What two teacher steps t -> t - dt/2 -> t - dt predict, for a student to match in one (SDTT, arXiv 2410.21035).
 
-    z_t (B, L), t and dt <= t (B,). Returns log_p_x (n, V) at the n masked positions of z_t: from the first step where that reveals
-    them, else from the second. The mean over the teacher's paths is its prediction at z_t if it is consistent: it takes a KL
-    that prefers modes ("reverse") to gain anything.
+    z_t (B, L), t and dt <= t (B,). Returns log_p_x (n, V) at the n masked positions of z_t, from the step that reveals them, else from
+    the second. Its mean over paths is a consistent teacher's one-step prediction: only a KL that prefers modes ("reverse") gains.
     """
     where = z_t == mask_id
     target = predict(teacher, z_t, where)
@@ -265,9 +262,8 @@ def sdtt_target(teacher, z_t, t, dt, mask_id):
 def tilt_step(denoiser, discriminator, z, t, s, mask_id, positions, h, temperature=1.0):
     """One step z_t -> z_s with log p(x_i) += h * d r(z_s) / d x_i at the positions revealed; returns z_s and `called` (B,).
 
-    d r / d x_i (n, V) is the gradient with respect to the relaxed one-hot tokens at their expectation p(x_i | z_t), so h = 1 is
-    the first-order form of p_student * exp(r), the reference's own step. The state shown is like those of training: tokens
-    where visible, soft tokens where being revealed, masks where masks stay.
+    d r / d x_i (n, V) is taken at the relaxed one-hot tokens' expectation p(x_i | z_t), so h = 1 is the first-order form of
+    p_student * exp(r), the reference's own step. The discriminator sees soft tokens where z_s will have new ones, masks where masks stay.
     """
     reveal = reveal_positions(z, t, s, mask_id)
     called = reveal.any(dim=1)
@@ -291,9 +287,8 @@ def rerank_step(denoiser, discriminator, z, t, s, mask_id, positions, M, tempera
     z_s = z.clone()
     if called.any():
         z_c, reveal_c = z[called], reveal[called]
-        tokens = draw(predict(denoiser, z_c, reveal_c, temperature), M)  # (n, M)
         candidates = z_c[:, :, None].repeat(1, 1, M)
-        candidates[reveal_c] = tokens
+        candidates[reveal_c] = draw(predict(denoiser, z_c, reveal_c, temperature), M)  # (n, M)
         candidates = candidates.transpose(1, 2).reshape(-1, z.shape[1])  # (B*M, L)
         r = reward(discriminator(candidates), candidates, mask_id, positions, clip=math.inf).view(-1, M)
         choice = draw(F.log_softmax(r, -1))[:, 0]  # (B,)
@@ -305,9 +300,8 @@ def rerank_step(denoiser, discriminator, z, t, s, mask_id, positions, M, tempera
 def guided_sample(denoiser, discriminator, z, steps, mask_id, positions, h=1.0, M=4, switch=0.5, temperature=1.0, noise_max=1.0):
     """RGAS: tilt in the first `switch` share of the guided steps, re-rank in the rest. z (B, L) -> x (B, L), nfe (B,), calls (B,).
 
-    A step that leads to a level the discriminator was not trained on, above noise_max or without any position that enters, is
-    a plain one. calls counts discriminator passes per sequence: 1 (with its backward) in a tilted step, M in a re-ranked one.
-    Not to be called under torch.inference_mode: tilting needs a gradient.
+    A step to a level the discriminator was not trained on (above noise_max, or without any position that enters) is a plain one.
+    calls: discriminator passes per sequence, 1 (with backward) in a tilted step, M in a re-ranked one. Not for inference_mode.
     """
     times = time_grid(steps)
     known = [s <= noise_max and not (positions == "masked" and s == 0) for s in times[1:]]

@@ -963,6 +963,28 @@ def test_checkpoints_by_the_clock_survive_kill_9(tiny, monkeypatch, script, step
     same_checkpoint("a.pt", "b.pt")
 
 
+def test_compiled_training_is_the_same_training(tiny, monkeypatch):
+    """Both scripts with --compile, by a backend that generates no code: the same weights as without."""
+    torch._dynamo.reset()
+    compiled, real = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **how: compiled.append(f) or real(f, backend="eager", **how))
+    for script, flags in ((train_teacher, TINY), (distill, TINY_DISTILL),
+                          (distill, TINY_DISTILL + ["--objective", "sdtt", "--disc_warmup", "0", "--rounds", "4", "2"])):
+        for how in ("no-compile", "compile"):
+            compiled.clear()
+            assert not script.main(flags + [f"--{how}", "--no-bf16", "--out", f"out/{'teacher' if script is train_teacher else 'student'}.pt"])
+            name = "teacher" if script is train_teacher else "student"
+            shutil.copy(f"out/{name}.pt", f"{how}.pt")
+            assert len(compiled) == (how == "compile") * (1 if script is train_teacher else 3)
+        one, two = (torch.load(f"{how}.pt", weights_only=True)["ema"] for how in ("no-compile", "compile"))
+        assert all(torch.allclose(one[k], two[k], atol=1e-5) for k in one)
+
+
+def test_bench_needs_no_text_for_the_speed_of_text(tiny, capsys):
+    assert not train_teacher.main(TINY[:-4] + ["--size", "mini", "--bench"])
+    assert "cpu:" in capsys.readouterr().out and train_teacher.parse_flags(TINY + ["--size", "mini", "--bench"])[3] == {"kind": "random"}
+
+
 def torchrun(n, script, flags):
     """A script in n processes on the CPU, as torchrun starts them; its output."""
     here = os.path.dirname(os.path.abspath(__file__))
