@@ -18,6 +18,7 @@ Sign: a reward is always maximised. The discriminator has label 1 on reference t
 A denoiser is any callable (z (B, L), where) -> logits (n, V); `where` is True at n of (B, L) positions, or has the n flat indices.
 Random numbers come from torch's global generator: seed with torch.manual_seed.
 """
+import functools
 import math
 
 import torch
@@ -58,7 +59,7 @@ def predict(denoiser, z, where, temperature=1.0):
 def nelbo(denoiser, x, mask_id, t=None, size=None):
     """Negative evidence lower bound of x (B, L), nats per token, and the unweighted masked cross-entropy, nats per masked token.
 
-    NELBO = E_t E_{z_t} (1/t) * sum over masked i of -log p(x_i | z_t), / L.  t (B,) defaults to low-discrepancy draws.
+    NELBO = E_t E_{z_t} (1/t) * sum over masked i of -log p(x_i | z_t), / L.  t (B,) > 0 defaults to low-discrepancy draws.
     exp(NELBO) bounds the perplexity from above. The second value has the same minimiser and less noise: short runs train on it.
     The head runs at the n masked positions only, or at `size` >= n positions: equal shapes for a compiler.
     """
@@ -101,17 +102,20 @@ def reveal_positions(z, t, s, mask_id):
     return (z == mask_id) & (torch.rand(z.shape, device=z.device) < (alpha(s) - alpha(t)) / (1 - alpha(t)))
 
 
-def ancestral_step(denoiser, z, t, s, mask_id, temperature=1.0):
+def ancestral_step(denoiser, z, t, s, mask_id, temperature=1.0, choose=None):
     """One exact reverse step z_t -> z_s, z (B, L). Returns z_s and `called` (B,): the rows for which the network ran.
 
     Rows in which nothing is revealed need no network; the head runs at the revealed positions only. The usual one-shot
     categorical over V + 1 outcomes gives the same distribution but truncates small probabilities in float32 (arXiv 2409.02908).
+    choose(z, where, log_p_x) -> z_s for the rows called, instead of independent draws: see `tilted` and `reranked`.
     """
     reveal = reveal_positions(z, t, s, mask_id)
     called = reveal.any(dim=1)  # (B,)
     z_s = z.clone()
     if called.any():
-        z_s[reveal] = draw(predict(denoiser, z[called], reveal[called], temperature))[:, 0]
+        z_c, where = z[called], reveal[called]
+        log_p_x = predict(denoiser, z_c, where, temperature)  # (n, V)
+        z_s[called] = choose(z_c, where, log_p_x) if choose else z_c.masked_scatter(where, draw(log_p_x))
     return z_s, called
 
 
@@ -259,41 +263,28 @@ def sdtt_target(teacher, z_t, t, dt, mask_id):
 
 
 # ------------------------------------------------------------------------------------- reward-guided ancestral sampler (RGAS)
-def tilt_step(denoiser, discriminator, z, t, s, mask_id, positions, h, temperature=1.0):
-    """One step z_t -> z_s with log p(x_i) += h * d r(z_s) / d x_i at the positions revealed; returns z_s and `called` (B,).
+def tilted(z, where, log_p_x, discriminator, mask_id, positions, h):
+    """z_s (B, L): draws at `where`, n positions of z_t (B, L), from log_p_x (n, V) + h * d r(z_s) / d x_i.
 
     d r / d x_i (n, V) is taken at the relaxed one-hot tokens' expectation p(x_i | z_t), so h = 1 is the first-order form of
     p_student * exp(r), the reference's own step. The discriminator sees soft tokens where z_s will have new ones, masks where masks stay.
     """
-    reveal = reveal_positions(z, t, s, mask_id)
-    called = reveal.any(dim=1)
-    z_s = z.clone()
-    if called.any():
-        z_c, reveal_c = z[called], reveal[called]
-        log_p_x = predict(denoiser, z_c, reveal_c, temperature)  # (n, V)
-        probs = log_p_x.exp().detach().requires_grad_()
-        shown = z_c.masked_fill(reveal_c, 0)  # what stays masked; which token stands at `reveal` does not matter
-        with torch.enable_grad():
-            r = pool(discriminator.soft(shown, reveal_c, probs).float(), shown, mask_id, positions)
-            grad, = torch.autograd.grad(r.sum(), probs)
-        z_s[reveal] = draw(F.log_softmax(log_p_x + h * grad, -1))[:, 0]
-    return z_s, called
+    probs = log_p_x.exp().detach().requires_grad_()
+    shown = z.masked_fill(where, 0)  # what stays masked; which token stands at `where` does not matter
+    with torch.enable_grad():
+        r = pool(discriminator.soft(shown, where, probs).float(), shown, mask_id, positions)
+        grad, = torch.autograd.grad(r.sum(), probs)
+    return z.masked_scatter(where, draw(F.log_softmax(log_p_x + h * grad, -1)))
 
 
-def rerank_step(denoiser, discriminator, z, t, s, mask_id, positions, M, temperature=1.0):
-    """One step z_t -> z_s: M candidates share the reveal set and one forward; one is drawn by softmax of r(z_s). As tilt_step."""
-    reveal = reveal_positions(z, t, s, mask_id)
-    called = reveal.any(dim=1)
-    z_s = z.clone()
-    if called.any():
-        z_c, reveal_c = z[called], reveal[called]
-        candidates = z_c[:, :, None].repeat(1, 1, M)
-        candidates[reveal_c] = draw(predict(denoiser, z_c, reveal_c, temperature), M)  # (n, M)
-        candidates = candidates.transpose(1, 2).reshape(-1, z.shape[1])  # (B*M, L)
-        r = reward(discriminator(candidates), candidates, mask_id, positions, clip=math.inf).view(-1, M)
-        choice = draw(F.log_softmax(r, -1))[:, 0]  # (B,)
-        z_s[called] = candidates.view(-1, M, z.shape[1])[torch.arange(len(z_c), device=z.device), choice]
-    return z_s, called
+def reranked(z, where, log_p_x, discriminator, mask_id, positions, M):
+    """z_s (B, L): of M candidates that differ in their draws at `where`, one by softmax of r(z_s). Shapes as in `tilted`."""
+    candidates = z[:, :, None].repeat(1, 1, M)
+    candidates[where] = draw(log_p_x, M)  # (n, M)
+    candidates = candidates.transpose(1, 2).reshape(-1, z.shape[1])  # (B*M, L)
+    r = reward(discriminator(candidates), candidates, mask_id, positions, clip=math.inf).view(-1, M)
+    choice = draw(F.log_softmax(r, -1))[:, 0]  # (B,)
+    return candidates.view(-1, M, z.shape[1])[torch.arange(len(z), device=z.device), choice]
 
 
 @torch.no_grad()
@@ -309,12 +300,9 @@ def guided_sample(denoiser, discriminator, z, steps, mask_id, positions, h=1.0, 
     calls = torch.zeros_like(nfe)
     for k, (t, s) in enumerate(zip(times[:-1], times[1:])):
         tilt = sum(known[:k]) < switch * sum(known)
-        if not known[k]:
-            z, called = ancestral_step(denoiser, z, t, s, mask_id, temperature)
-        elif tilt:
-            z, called = tilt_step(denoiser, discriminator, z, t, s, mask_id, positions, h, temperature)
-        else:
-            z, called = rerank_step(denoiser, discriminator, z, t, s, mask_id, positions, M, temperature)
+        guide, strength = (tilted, {"h": h}) if tilt else (reranked, {"M": M})
+        z, called = ancestral_step(denoiser, z, t, s, mask_id, temperature, functools.partial(
+            guide, discriminator=discriminator, mask_id=mask_id, positions=positions, **strength) if known[k] else None)
         nfe += called
         calls += called * (1 if tilt else M) * known[k]
     return z, nfe, calls

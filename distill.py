@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 import didi
-from model import (Discriminator, add_machine_flags, bench, build_denoiser, build_discriminator, catch_interrupt, interrupted_at,
+from model import (Discriminator, add_training_flags, bench, build_denoiser, build_discriminator, catch_interrupt, interrupted_at,
                    join_processes, load_checkpoint, over_processes, parallel, parse_resumable, pick_device, rng_state, run_script,
                    save_checkpoint, set_rng_state, spread, update_ema, write_json)
 from train_teacher import draw_rows, load_data, load_once, quality
@@ -89,18 +89,11 @@ def parse_flags(argv=None):
     g.add_argument("--lr", type=float, default=6e-4, help="student's learning rate; falls linearly to a tenth")
     g.add_argument("--ema", type=float, default=0.97, help="decay of the weight average that is saved and sampled")
     g.add_argument("--steps", type=int, default=480, help="updates of the student")
-    g.add_argument("--minutes", type=float, help="stop after so many minutes, with the schedule fitted to them, whatever --steps says")
     g = p.add_argument_group("run")
-    g.add_argument("--bench", action="store_true", help="train nothing: time an update, and tell FLOP/s, share of the GPU's peak, memory")
     g.add_argument("--ablate", metavar="FILE", help="instead: each component's worth over seeds 0, 1, 2, into this JSON file; resumes")
     g.add_argument("--teacher", default="out/teacher.pt", help="checkpoint of train_teacher.py; with --ablate, {seed} stands for the seed")
     g.add_argument("--out", default="out/student.pt", help="checkpoint; the log lies beside it as .jsonl")
-    add_machine_flags(g)
-    g.add_argument("--eval_every", type=int, default=40, help="updates between tables, each of which saves a checkpoint")
-    g.add_argument("--eval_samples", type=int, default=128, help="samples per row of these tables (standard error .04 at 128)")
-    g.add_argument("--save_minutes", type=float, default=10, help="minutes between checkpoints, where tables are rarer")
-    g.add_argument("--compile", action=on_off, help="torch.compile the trunks [no; yes on CUDA]")
-    g.add_argument("--resume", action="store_true", help="go on from --out; flags not given again are those of the checkpoint")
+    add_training_flags(g, 40, "updates")
     args, ckpt = parse_resumable(p, "student", argv)
     if not ckpt:
         p.set_defaults(**(PAPER if args.paper else {}) | (SDTT if args.objective == "sdtt" else {}))
@@ -121,6 +114,12 @@ def check_flags(args):
         raise ValueError(f"--t_range {args.t_range[0]} {args.t_range[1]}: give two levels, 0 < low <= high <= 1")
     if args.minutes is not None and not args.minutes > 0:
         raise ValueError(f"--minutes {args.minutes} must be more than 0")
+    if not 0 < args.noise_max <= 1:
+        raise ValueError(f"--noise_max {args.noise_max} must be more than 0 and at most 1")
+    if args.objective == "sdtt":
+        return
+    if args.G == 1 and args.group_norm:
+        raise ValueError("--G 1: there is nothing to compare in a group of one: raise it, or add --no-group_norm")
     if args.disc_batch > args.groups * args.G:
         raise ValueError(f"--disc_batch {args.disc_batch} is more than the {args.groups * args.G} samples of an update (groups * G)")
 
@@ -204,10 +203,15 @@ def networks(args, config, teacher, device, ckpt):
         disc = nets["disc"] = Discriminator(teacher, args.disc_blocks).to(device)
         nets["disc_opt"] = torch.optim.AdamW([p for p in disc.parameters() if p.requires_grad], lr=args.disc_lr, **adam)
     if ckpt:
+        if {"share", *nets} - ckpt.keys():
+            raise ValueError(f"{args.out} was made by another --objective or version: leave --objective out, or give another --out")
         for name, net in nets.items():
             net.load_state_dict(ckpt[name])
         set_rng_state(ckpt["rng"], device)
+        if "disc_opt" in nets:
+            nets["disc_opt"].param_groups[0]["lr"] = args.disc_lr
     if args.compile:
+        torch._dynamo.config.recompile_limit = 64  # the trunks of all networks, at all numbers of sequences, count together
         for net in [teacher, *(nets[name] for name in ("model", "target", "disc") if name in nets)]:
             net = getattr(net, "body", net)
             net.trunk = torch.compile(net.trunk, dynamic=False)
@@ -322,51 +326,21 @@ def ablate(path, argv, device, num=1000):
         print(f"| {label} | " + " | ".join(spread([r[c] for r in rows.values()], 1 if "length" in c else 3) for c in columns) + " |")
 
 
-def process_seed(args, rank, first):
-    """The seed of a process: each draws rollouts of its own."""
-    return args.seed if rank == 0 else hash((args.seed, rank, first)) % 2 ** 63
-
-
-def main(argv=None):
-    args, device, ckpt = parse_flags(argv)
-    if args.ablate:
-        return ablate(args.ablate, sys.argv[1:] if argv is None else argv, device)
-    device, rank, world = join_processes(device)
-    if args.groups % world or args.disc_batch % world:
-        raise ValueError(f"--groups {args.groups} and --disc_batch {args.disc_batch} must be multiples of the {world} processes")
-    mine = argparse.Namespace(**vars(args) | {"groups": args.groups // world, "disc_batch": args.disc_batch // world})
-    torch.manual_seed(process_seed(args, rank, 0))
-    loaded, config = load_checkpoint(args.teacher.format(seed=args.seed), "teacher", device)
-    teacher = build_denoiser(config, loaded["ema"], device, args.bf16).requires_grad_(False)
-    data = load_once(loaded["data"], config.length, rank, device)
-    reference = data["train"] if args.reference == "data" else teacher_samples(teacher)
-    nets, first = networks(args, config, teacher, device, ckpt), ckpt["step"] if ckpt else 0
-    before, share = (ckpt["seconds"], ckpt["share"]) if ckpt else (0.0, 0.0)
-    if rank > 0 and first > 0:
-        torch.manual_seed(process_seed(args, rank, first))
-    student, disc = parallel(nets["model"], world), parallel(nets["disc"], world) if "disc" in nets else None
-
-    def update(step, share):
-        return (didi_update if args.objective == "didi" else sdtt_update)(step, share, nets, student, disc, teacher, reference, mine)
-    if args.bench:
-        return bench(lambda: update(args.disc_warmup, (0.0, 0.0)), args.groups * args.G * config.length, device)
-
-    def report():
-        return evaluate(nets["ema"], args.eval_samples, data, device)
-
+def train(args, config, data, source, nets, update, ckpt, device, rank):
+    """The loop: update(step, share) until --steps or --minutes are over; the student's average is sampled, checkpoints are written."""
     def save(step):
         if rank == 0:
             save_checkpoint(args.out, config, kind="student", step=step, seconds=now, share=share, rng=rng_state(device),
-                            flags=vars(args), tokenizer=data["kind"], data=loaded["data"],
-                            **{name: net.state_dict() for name, net in nets.items()})
+                            flags=vars(args), tokenizer=data["kind"], data=source, **{name: net.state_dict() for name, net in nets.items()})
         return now
     os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
+    first, before, share = (ckpt["step"], ckpt["seconds"], ckpt["share"]) if ckpt else (0, 0.0, 0.0)
     total, interrupted, begin = None if args.minutes else args.disc_warmup + args.steps, catch_interrupt(), time.perf_counter()
-    now = saved = before
+    now, saved, stop = before, before, False
     with open(os.devnull if rank else os.path.splitext(args.out)[0] + ".jsonl", "a" if ckpt else "w") as log, \
             tqdm(itertools.count(first), initial=first, total=total, desc=args.objective, unit="update", mininterval=1, disable=rank > 0) as bar:
         for step in bar:
-            if total is not None and step >= total:
+            if step >= total if total else now >= 60 * args.minutes:
                 break
             done, last_share = step + 1 - args.disc_warmup, share  # updates of the student
             share = max(done - 1, 0) / args.steps if total else min(now / (60 * args.minutes), 1.0)
@@ -378,19 +352,44 @@ def main(argv=None):
             if done > 0:
                 update_ema(nets["ema"], nets["model"], args.ema)
             now = over_processes(before + time.perf_counter() - begin, "max", device)  # seconds, of the slowest process
-            last = step + 1 == total if total else now >= 60 * args.minutes
-            check = last or (done > 0 and done % args.eval_every == 0)
+            check = (step + 1 == total if total else now >= 60 * args.minutes) or (done > 0 and done % args.eval_every == 0)
             if rank == 0:
-                finish_row(row, args, log, bar, report if check else None)
+                finish_row(row, args, log, bar, (lambda: evaluate(nets["ema"], args.eval_samples, data, device)) if check else None)
             stop = over_processes(interrupted(), "max", device)
             if check or stop or now - saved > 60 * args.save_minutes:
                 saved = save(step + 1)
             if stop:
-                return rank or print(interrupted_at("distill.py", step + 1, args.out)) or 130
-            if last:
                 break
     if rank == 0:
-        print(f"wrote {args.out}")
+        print(interrupted_at("distill.py", step + 1, args.out) if stop else f"wrote {args.out}")
+    return 130 if stop else None
+
+
+def main(argv=None):
+    args, device, ckpt = parse_flags(argv)
+    if args.ablate:
+        if "WORLD_SIZE" in os.environ:
+            raise ValueError("--ablate is for one process: start it without torchrun")
+        return ablate(args.ablate, sys.argv[1:] if argv is None else argv, device)
+    device, rank, world = join_processes(device)
+    if args.groups % world or (args.objective == "didi" and args.disc_batch % world):
+        raise ValueError(f"--groups {args.groups} and --disc_batch {args.disc_batch} must be multiples of the {world} processes")
+    mine = argparse.Namespace(**vars(args) | {"groups": args.groups // world, "disc_batch": args.disc_batch // world})
+    torch.manual_seed(args.seed)
+    loaded, config = load_checkpoint(args.teacher.format(seed=args.seed), "teacher", device)
+    teacher = build_denoiser(config, loaded["ema"], device, args.bf16).requires_grad_(False)
+    data = load_once(loaded["data"], config.length, rank, device)
+    reference = data["train"] if args.reference == "data" else teacher_samples(teacher)
+    nets = networks(args, config, teacher, device, ckpt)
+    if rank > 0:  # the same networks, but rollouts of its own
+        torch.manual_seed(hash((args.seed, rank, ckpt["step"] if ckpt else 0)) % 2 ** 63)
+    student, disc = parallel(nets["model"], world), parallel(nets["disc"], world) if "disc" in nets else None
+
+    def update(step, share):
+        return (didi_update if args.objective == "didi" else sdtt_update)(step, share, nets, student, disc, teacher, reference, mine)
+    if args.bench:
+        return bench(lambda: update(args.disc_warmup + 1, (0.0, 0.0)), args.groups * args.G * config.length, device, rank)
+    return train(args, config, data, loaded["data"], nets, update, ckpt, device, rank)
 
 
 if __name__ == "__main__":

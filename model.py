@@ -7,12 +7,14 @@ You don't have to read this file to follow the method: didi.py takes any callabl
 """
 import argparse
 import copy
+import datetime
 import json
 import math
 import os
 import signal
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -147,7 +149,7 @@ class Discriminator(nn.Module):
         super().__init__()
         D = teacher.config.n_embd
         if not 0 <= trainable_blocks <= len(teacher.blocks):
-            raise ValueError(f"{trainable_blocks} trainable blocks, but the network has {len(teacher.blocks)} blocks")
+            raise ValueError(f"{trainable_blocks} trainable blocks, but the teacher has {len(teacher.blocks)} blocks: lower --disc_blocks")
         self.body = copy.deepcopy(teacher)
         self.body.out = nn.Identity()
         self.body.requires_grad_(False)
@@ -191,7 +193,7 @@ def load_checkpoint(path, kind, device="cpu"):
     if ckpt.get("kind") != kind:
         raise ValueError(f"{path} holds a {ckpt.get('kind')}, but a {kind} is needed here")
     try:
-        for part in ("data", "tokenizer", "flags", "ema"):
+        for part in ("data", "tokenizer", "flags", "ema", "rng", "step", "seconds"):
             ckpt[part]
         return ckpt, Config(**ckpt["config"])
     except (KeyError, TypeError):
@@ -215,11 +217,11 @@ def build_discriminator(denoiser, ckpt):
     With what guided sampling has to know of its training: `positions`, and `noise_max`, the highest level it has seen.
     """
     flags = ckpt["flags"]
-    disc = Discriminator(denoiser, flags["disc_blocks"]).to(denoiser.position.device)
-    disc.positions, disc.noise_max = flags["positions"], 1.0 if flags["coupled"] else flags["noise_max"]
     try:
+        disc = Discriminator(denoiser, flags["disc_blocks"]).to(denoiser.position.device)
+        disc.positions, disc.noise_max = flags["positions"], 1.0 if flags["coupled"] else flags["noise_max"]
         disc.load_state_dict(ckpt["disc"])
-    except RuntimeError:
+    except (KeyError, RuntimeError):
         raise ValueError("the checkpoint's discriminator does not fit its denoiser: run distill.py again") from None
     return disc.eval().requires_grad_(False)
 
@@ -301,7 +303,8 @@ def join_processes(device):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                             timeout=datetime.timedelta(hours=12))  # the first process may have a corpus to prepare
     return device, torch.distributed.get_rank(), world
 
 
@@ -318,14 +321,16 @@ def parallel(net, world):
     """The network to train through: itself, or in DistributedDataParallel, which averages the gradients of all processes."""
     if world == 1:
         return net
-    return torch.nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of a new name for this flag that torch 2.11 does not know
+        return torch.nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
 
 
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12, "4090": 165e12}  # bfloat16, dense, FLOP/s, by the makers
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12, "4090": 165e12}  # bfloat16, dense, FLOP/s, by the makers (SXM)
 
 
-def bench(step, tokens, device, times=20):
-    """Print milliseconds, tokens/s, FLOP/s (matrix products and attention), share of the GPU's peak, and memory of step()."""
+def bench(step, tokens, device, rank=0, times=20):
+    """Print milliseconds, tokens/s, FLOP/s (matrix products; attention on CUDA only), share of the GPU's peak, and memory of step()."""
     with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         step()
     for _ in range(3):
@@ -334,14 +339,28 @@ def bench(step, tokens, device, times=20):
     reset_peak_memory(device)
     wait()
     begin = time.perf_counter()
-    for _ in tqdm(range(times), desc="bench", leave=False):
+    for _ in tqdm(range(times), desc="bench", leave=False, disable=rank > 0):
         step()
     wait()
     seconds = (time.perf_counter() - begin) / times
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    speed, peak = counter.get_total_flops() / seconds, next((p for gpu, p in PEAK.items() if gpu in name), None)
-    print(f"{name}: {1e3 * seconds:.1f} ms/step, {tokens / seconds:.0f} tokens/s, {speed / 1e12:.3g} TFLOP/s, "
+    words = name.replace("-", " ").split()
+    speed, peak = counter.get_total_flops() / seconds, next((p for gpu, p in PEAK.items() if gpu in words), None)
+    rank or print(f"{name}: {1e3 * seconds:.1f} ms/step, {tokens / seconds:.0f} tokens/s, {speed / 1e12:.3g} TFLOP/s, "
           f"{f'{speed / peak:.1%}' if peak else 'an unknown share'} of its peak, {peak_memory(device):.0f} MiB on top of the networks")
+
+
+def add_training_flags(group, eval_every, unit):
+    """The flags that both training scripts have."""
+    on_off = argparse.BooleanOptionalAction
+    group.add_argument("--minutes", type=float, help="stop after so many minutes, with the schedule fitted to them, whatever --steps says")
+    group.add_argument("--compile", action=on_off, help="torch.compile: one graph of network and loss; or trunks [no; yes on CUDA]")
+    add_machine_flags(group)
+    group.add_argument("--eval_every", type=int, default=eval_every, help=f"{unit} between tables, each of which saves a checkpoint")
+    group.add_argument("--eval_samples", type=int, default=128, help="samples per row of these tables (standard error .04 at 128)")
+    group.add_argument("--save_minutes", type=float, default=10, help="minutes between checkpoints, where tables are rarer")
+    group.add_argument("--bench", action="store_true", help="train nothing: time a step, and tell FLOP/s, share of the GPU's peak, memory")
+    group.add_argument("--resume", action="store_true", help="go on from --out; flags not given again are those of the checkpoint")
 
 
 def rng_state(device):
@@ -378,7 +397,7 @@ def parse_resumable(parser, kind, argv=None):
     if not args.resume:
         return args, None
     ckpt, _ = load_checkpoint(args.out, kind)
-    parser.set_defaults(**ckpt["flags"])
+    parser.set_defaults(**ckpt["flags"] | {"out": args.out})
     return parser.parse_args(argv), ckpt
 
 
@@ -388,6 +407,7 @@ def run_script(main):
         code = main()
         if torch.distributed.is_initialized():
             torch.distributed.barrier()  # the first process may still be writing
+            torch.distributed.destroy_process_group()  # else its threads may abort the interpreter as it ends
         sys.exit(code)
     except BrokenPipeError:  # `| head` has seen enough
         os._exit(0)
@@ -397,6 +417,3 @@ def run_script(main):
     except (ValueError, FileNotFoundError, FloatingPointError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()  # else its threads may abort the interpreter as it ends

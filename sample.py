@@ -38,10 +38,6 @@ from train_teacher import (AMINO_ACIDS, autoregress, causal_nll, decode, end_tok
 
 RANGES = {"steps": (1, 10_000), "num": (1, 1_000_000), "temperature": (0.01, 100), "guidance": (0, 100), "candidates": (1, 256),
           "switch": (0, 1), "batch": (1, 1_000_000), "delay": (0, 60), "eval_samples": (1, 1_000_000), "seed": (0, 2**63 - 1)}
-COLUMNS = ("row", "steps", "T", "nfe", "disc_calls", "valid", "valid_se", "judge_ppl", "distinct", "novel", "length", "entropy",
-           "ks", "js1", "js2", "low", "seq_per_s")
-NOT_OF = {"bytes": ("ks", "js1", "js2", "low"), "protein": ("valid", "valid_se"),
-          "gpt2": ("valid", "valid_se", "novel", "length", "ks", "js1", "js2", "low")}  # columns that a kind of data lacks
 SWEEP = {"teacher": (4, 8, 16, 32, 64, 256, 1024), "student": (4, 8, 16, 32), "autoregressive": (None,)}  # steps, each at these ..
 TEMPERATURES = (1.2, 1.1, 1.0, 0.9, 0.8, 0.7)
 
@@ -134,16 +130,11 @@ def load_net(kind, args, device):
 
     ValueError if it is odd.
     """
-    path = getattr(args, kind)
-    ckpt, config = load_checkpoint(path, kind, device)
-    guided = kind == "student" and ckpt.get("flags", {}).get("objective") != "sdtt"
-    missing = {"ema", *(("disc", "disc_blocks", "positions", "coupled", "noise_max") if guided else ())} - ckpt.keys() - ckpt.get("flags", {}).keys()
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: another version wrote it, make it again")
+    ckpt, config = load_checkpoint(getattr(args, kind), kind, device)
     tokenizer = make_tokenizer(ckpt["tokenizer"])
-    net = {"device": device, "config": config, "flags": ckpt["flags"], "data": ckpt["data"], "tokenizer": tokenizer, "eos": end_token(tokenizer),
-           "denoiser": build_denoiser(config, ckpt["ema"], device, args.bf16).requires_grad_(False)}
-    if guided:
+    net = {"device": device, "config": config, "flags": ckpt["flags"], "data": ckpt["data"], "tokenizer": tokenizer,
+           "eos": end_token(tokenizer), "denoiser": build_denoiser(config, ckpt["ema"], device, args.bf16).requires_grad_(False)}
+    if kind == "student" and ckpt["flags"].get("objective") != "sdtt":
         net["discriminator"] = build_discriminator(net["denoiser"], ckpt)
     return net
 
@@ -289,6 +280,10 @@ def make_judge(args, nets, tokenizer, device):
         end = gpt2.eot_token
 
         def nll(x):  # (B, at most GPT-2's 1024 tokens)
+            if tokenizer.name == "gpt2":  # its own tokens, packed: nothing ends
+                x = x.to(device)
+                logits = model(F.pad(x[:, :-1], (1, 0), value=end)).logits.float()
+                return F.cross_entropy(logits.transpose(1, 2), x, reduction="none"), torch.ones_like(x, dtype=torch.bool)
             ids = [torch.tensor([end, *gpt2.encode_ordinary(text), end]) for text in decode(x, tokenizer)]
             ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=end).to(device)
             logits = model(ids[:, :-1]).logits.float()
@@ -335,13 +330,8 @@ def steps_to_match(rows, entropy, column="valid"):
 def table_plan(args, nets, length):
     """(model, steps, T, sampler) of each row of the table, for the models there are; steps as many as make a difference at L."""
     many = [n for n in SWEEP["teacher"] if n <= max(256, 4 * length)]
-    if args.sweep:
-        plan = [(name, n, T, "ancestral") for name, steps in (SWEEP | {"teacher": many}).items() for n in steps for T in TEMPERATURES]
-    else:
-        plan = [("teacher", n, 1.0, "ancestral") for n in many]
-        plan += [("teacher", 8, T, "ancestral") for T in (1.1, 0.9, 0.8, 0.7)]
-        plan += [("student", n, 1.0, "ancestral") for n in (4, 8, 16, 32)] + [("autoregressive", None, 1.0, "")]
-    plan = [(name, n, T, "autoregressive" if n is None else sampler) for name, n, T, sampler in plan]
+    plan = [(name, n, T, "autoregressive" if n is None else "ancestral") for name, steps in (SWEEP | {"teacher": many}).items()
+            for n in steps for T in TEMPERATURES if args.sweep or T == 1 or (name, n) == ("teacher", 8)]
     if "discriminator" in nets.get("student", ()):
         plan += [("student, guided", n, 1.0, "rgas") for n in ((4, 8, 16, 32) if args.sweep else (8,))]
     return [row for row in plan if row[0].split(",")[0] in nets]
@@ -367,17 +357,19 @@ def evaluate(args, device):
     judge = make_judge(args, nets, data["tokenizer"], device)
     if args.rows != "all":
         nets.pop("autoregressive", None)
-    columns = [c for c in COLUMNS if c not in NOT_OF[data["kind"]]]
+    columns = ["row", "steps", "T", "nfe", "disc_calls"]
 
     def add(x, **row):
         row |= quality(x, data) | {"samples": len(x)} | ({"judge_ppl": judge(x)} if judge else {})
         row |= {"examples": decode(x[:4], data["tokenizer"])} if row.get("T", 1) == 1 else {}
         rows.append(row | ({"valid_se": math.sqrt(row["valid"] * (1 - row["valid"]) / len(x))} if "valid" in row else {}))
+        if len(rows) == 1:  # held-out data has every measure of quality there is
+            columns.extend([k for k, v in rows[0].items() if isinstance(v, float)] + ["seq_per_s"])
+            print(table_line({k: k for k in columns}, columns))
         print(table_line(rows[-1], columns), flush=True)
     print("nfe, disc_calls: network calls per sequence; judge_ppl: perplexity under "
           f"{args.judge or 'the causal model'}{'' if judge else ' (there is none: python train_teacher.py --causal)'}; valid_se: standard "
           "error; entropy in nats; ks, js1, js2, low: see train_teacher.protein_quality")
-    print(table_line({k: k for k in columns}, columns))
     torch.manual_seed(args.seed)
     add(held_out(data["val"], args.eval_samples, config.length), row="held-out data")
     z, plan = torch.full((args.eval_samples, config.length), config.mask_id), table_plan(args, nets, config.length)
@@ -398,8 +390,10 @@ def print_comparison(rows):
     if column:
         student, held = next(r for r in rows if (r["row"], r.get("steps"), r.get("T")) == ("student", 8, 1.0)), rows[0]["entropy"]
         print(f"8 steps: student {column} {student[column]:.3f}, entropy {student['entropy']:.3f}; teacher at that entropy: {column} "
-              f"{at_entropy(rows, 'teacher', 8, student['entropy'], column):.3f}\nat held-out entropy {held:.3f} the teacher needs "
-              f"{steps_to_match(rows, held, column):.0f} steps for the student's {column} in 8 (nan: outside the temperatures measured)")
+              f"{at_entropy(rows, 'teacher', 8, student['entropy'], column):.3f} (nan: outside the temperatures measured)")
+        if any((r["row"], r.get("T")) == ("student", 0.7) for r in rows):
+            print(f"at held-out entropy {held:.3f} the teacher needs {steps_to_match(rows, held, column):.0f} steps for the student's "
+                  f"{column} in 8")
 
 
 def save_run(args, run, device, seed):
@@ -441,9 +435,9 @@ def print_table(path):
                   f"{' | '.join(spread(v, shown[c]) for c, v in zip(best, values))} |")
         for column in [c for c in ("valid", "judge_ppl") if c in shown]:
             need = [steps_to_match(rows, rows[0]["entropy"], column) for rows in seeds]
-            if need[0] == need[0]:
-                print(f"\n{label}: for the student's {column} in 8 steps the teacher needs, by seed, {', '.join(f'{n:.0f}' for n in need)} steps "
-                      "(inf: more than were measured)")
+            if any(n == n for n in need):
+                print(f"\n{label}: for the student's {column} in 8 steps the teacher needs, by seed, "
+                      f"{', '.join(f'{n:.0f}' for n in need)} steps (inf: more than were measured)")
     return swept
 
 

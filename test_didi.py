@@ -6,6 +6,7 @@ wide enough that a fresh seed would fail a correct program less than once in 10^
 The two tests of an effect (the whole loop, guidance) ask for well less than what was seen with a dozen other seeds.
 """
 import collections
+import functools
 import gzip
 import http.server
 import importlib.util
@@ -549,8 +550,9 @@ def test_guided_steps_draw_from_the_enumerated_law(h, positions):
     table, r = torch.randn(64, 3, 3), 2 * torch.randn(64, 3)
     for z in (masks(1, 3)[0], torch.tensor([MASK, 2, MASK])):
         z_t, guide = z.repeat(20000, 1), TableDiscriminator(r)
-        args = (lookup(table), guide, z_t, 0.9, 0.4, MASK, positions)
-        z_s, called = didi.rerank_step(*args, M=2) if h is None else didi.tilt_step(*args, h=h)
+        how = dict(discriminator=guide, mask_id=MASK, positions=positions)
+        choose = functools.partial(didi.reranked, M=2, **how) if h is None else functools.partial(didi.tilted, h=h, **how)
+        z_s, called = didi.ancestral_step(lookup(table), z_t, 0.9, 0.4, MASK, choose=choose)
         check_law(index(z_s), one_guided_step(table, r, z, 0.9, 0.4, positions, h))
         assert torch.equal(called, (z_s != z_t).any(1)) and guide.rows == called.sum() * (2 if h is None else 1)
 
@@ -700,8 +702,8 @@ def test_until_end():
 # ---------------------------------------------------------------------------------------------------------------- checkpoints
 def save(path, **parts):
     net = model.Denoiser(CONFIG)
-    state = net.state_dict()
-    model.save_checkpoint(path, CONFIG, **{"kind": "teacher", "model": state, "ema": state, "flags": {}, "data": None, "tokenizer": "bytes", **parts})
+    whole = {"kind": "teacher", "flags": {}, "data": None, "tokenizer": "bytes", "rng": {}, "step": 1, "seconds": 1.0}
+    model.save_checkpoint(path, CONFIG, **whole | {"model": net.state_dict(), "ema": net.state_dict()} | parts)
     return net
 
 
@@ -876,11 +878,14 @@ def test_bad_input_is_one_line_and_nothing_is_lost(tiny, capsys):
     assert (tiny / "out/teacher.pt").read_bytes() == whole
     refused(distill.main, TINY_DISTILL + ["--lr", "1e30", "--steps", "9", "--eval_every", "99"], capsys, "not finite", "--lr")
     assert not (tiny / "out/student.pt").exists()
-    refused(distill.main, TINY_DISTILL + ["--disc_blocks", "9"], capsys, "block")
+    refused(distill.main, TINY_DISTILL + ["--disc_blocks", "9"], capsys, "--disc_blocks")
     refused(distill.main, TINY_DISTILL + ["--t_range", "0.5", "2"], capsys, "--t_range")
     refused(distill.main, TINY_DISTILL + ["--disc_batch", "99"], capsys, "--disc_batch")
+    refused(distill.main, TINY_DISTILL + ["--noise_max", "0"], capsys, "--noise_max")
+    refused(distill.main, TINY_DISTILL + ["--G", "1"], capsys, "--no-group_norm")
     refused(distill.main, TINY_DISTILL + ["--teacher", "test.txt"], capsys, "test.txt")
     assert not distill.main(TINY_DISTILL)
+    refused(distill.main, ["--resume", "--objective", "sdtt", "--disc_warmup", "0"], capsys, "--objective")
     refused(distill.main, TINY_DISTILL + ["--teacher", "out/student.pt"], capsys, "student", "teacher")
     for flags, word in ((["--steps", "0"], "--steps"), (["--num", "0"], "--num"), (["--temperature", "0"], "--temperature"), (["--temperature", "nan"], "--temperature"),
                         (["--prompt", "x" * 25], "24"), (["--prompt", "caf\xe9"], "ASCII"), (["--infill", "a\nb"], "ASCII"), (["--device", "abacus"], "abacus"),
@@ -939,7 +944,18 @@ def test_minutes_fit_the_schedule_and_resume_counts_them(tiny, script, flags, op
     rounds = [row["round"] for row in map(json.loads, open("a.jsonl")) if "round" in row]
     assert sorted(rounds, reverse=True) == rounds and len(set(rounds)) in (0, 3)
     assert not script.main(["--resume", "--minutes", "0.031", "--out", "a.pt"])
-    assert torch.load("a.pt", weights_only=True)["step"] < 1.5 * ckpt["step"]
+    more = torch.load("a.pt", weights_only=True)["step"]
+    assert ckpt["step"] < more < 1.5 * ckpt["step"]
+    assert not script.main(["--resume", "--out", "a.pt"]) and torch.load("a.pt", weights_only=True)["step"] == more  # it is finished
+
+
+def test_resume_writes_where_it_reads_and_takes_new_flags(tiny):
+    train_teacher.main(TINY)
+    distill.main(TINY_DISTILL)
+    shutil.move("out/student.pt", "moved.pt")
+    assert not distill.main(["--resume", "--out", "moved.pt", "--steps", "5", "--disc_lr", "1e-7"]) and not os.path.exists("out/student.pt")
+    ckpt = torch.load("moved.pt", weights_only=True)
+    assert ckpt["step"] == 6 and ckpt["disc_opt"]["param_groups"][0]["lr"] == 1e-7
 
 
 @pytest.mark.parametrize("script, step_of, flags, dies_at", [
@@ -1019,7 +1035,8 @@ def test_two_processes_distil_with_averaged_gradients(tiny):
     train_teacher.main(TINY + ["--data", "p.fasta", "--length", "32"])
     driver = tiny / "driver.py"
     driver.write_text("import sys, distill\n"
-                      "if sys.argv.pop(1) == 'equal':\n    distill.process_seed = lambda args, rank, first: args.seed\n"
+                      "seed = distill.torch.manual_seed\n"
+                      "if sys.argv.pop(1) == 'equal':\n    distill.torch.manual_seed = lambda s: s or seed(s)\n"
                       "keep, real = {}, distill.networks\n"
                       "def networks(*args):\n    out = real(*args)\n    keep.update(out)\n    return out\n"
                       "distill.networks = networks\n"
@@ -1059,8 +1076,8 @@ def test_evaluation_table_and_file(tiny, capsys):
     assert not sample.main(["--eval", "--eval_samples", "6", "--json", "table.json"])
     out, result = capsys.readouterr().out, json.load(open("table.json"))["default"]["0"]
     names = [r["row"] for r in result["rows"]]
-    assert names[0] == "held-out data" and result["rows"][0]["valid"] == 1 and len(names) == 16
-    assert [(r["steps"], r["T"]) for r in result["rows"] if r["row"] == "teacher"] == [(n, 1) for n in (4, 8, 16, 32, 64, 256)] + [(8, T) for T in (1.1, 0.9, 0.8, 0.7)]
+    assert names[0] == "held-out data" and result["rows"][0]["valid"] == 1 and len(names) == 17
+    assert {(r["steps"], r["T"]) for r in result["rows"] if r["row"] == "teacher"} == {(n, 1) for n in (4, 8, 16, 32, 64, 256)} | {(8, T) for T in sample.TEMPERATURES}
     assert all(r["nfe"] <= min(r["steps"], 24) for r in result["rows"][1:]) and names[-1] == "student, guided"
     assert 4 < result["rows"][-1]["disc_calls"] <= 1 + 1 + 4 and all(name in out for name in names) and os.listdir(".").count("table.json.partial") == 0
     content = json.load(open("table.json"))
@@ -1163,7 +1180,7 @@ def test_proteins_from_fasta_to_fasta(tiny, capsys):
     write_proteins(tiny / "p.fasta")
     assert not sample.main(["--eval", "--eval_samples", "4", "--json", "r.json"])
     rows = json.load(open("r.json"))["default"]["0"]["rows"]
-    assert "valid" not in rows[0] and all({"ks", "js1", "js2", "low", "novel", "judge_ppl"} <= r.keys() for r in rows) and len(rows) == 17
+    assert "valid" not in rows[0] and all({"ks", "js1", "js2", "low", "novel", "judge_ppl"} <= r.keys() for r in rows) and len(rows) == 18
     assert not sample.main(["--table", "r.json"])
     assert "| ks |" in capsys.readouterr().out.replace("ks | js1", "ks |")
 
@@ -1454,6 +1471,11 @@ def test_gpt2_as_the_judge(tiny, monkeypatch, capsys):
     loss = [gpt2(ids, labels=ids).loss for ids in (torch.tensor([[256, *s.encode(), 256]]) for s in texts)]  # the package's own mean
     by_hand = (sum(n * (len(s) + 1) for n, s in zip(loss, texts)) / sum(len(s) + 1 for s in texts)).exp()
     assert judge(train_teacher.encode(texts, tokenizer, 24)) == pytest.approx(by_hand.item(), rel=1e-4)
+    # passages of its own tokens, as long as it can read: each token counts, <|endoftext|> among them, and nothing else
+    x = torch.randint(257, (2, 64))
+    stand_in = tiktoken.Encoding("gpt2", pat_str=r"[\s\S]", mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={"<|endoftext|>": 256})
+    log_p = torch.stack([gpt2(torch.cat((torch.tensor([256]), row[:-1]))[None]).logits[0].log_softmax(-1)[range(64), row] for row in x])
+    assert sample.make_judge(args, {}, stand_in, device)(x) == pytest.approx((-log_p.mean()).exp().item(), rel=1e-4)
 
 
 def test_ablation_resumes_and_prints_a_table(tiny, monkeypatch, capsys):

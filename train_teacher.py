@@ -45,7 +45,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import didi
-from model import (Config, Denoiser, add_machine_flags, bench, catch_interrupt, interrupted_at, join_processes, over_processes,
+from model import (Config, Denoiser, add_training_flags, bench, catch_interrupt, interrupted_at, join_processes, over_processes,
                    parallel, parse_resumable, pick_device, rng_state, run_script, save_checkpoint, set_rng_state, update_ema, write_json)
 
 
@@ -475,21 +475,14 @@ def parse_flags(argv=None):
     g.add_argument("--n_embd", type=int, help="D, width [128; 384; 768]")
     g = p.add_argument_group("optimisation")
     g.add_argument("--steps", type=int, help="optimiser steps [1700; 10000; 100000]")
-    g.add_argument("--minutes", type=float, help="stop after so many minutes, with the schedule fitted to them, whatever --steps says")
     g.add_argument("--batch", type=int, help="B, sequences per step [64; 256; 512]")
     g.add_argument("--accumulate", type=int, default=1, help="parts of a batch, one forward and backward each: less memory; a multiple of torchrun's processes")
     g.add_argument("--lr", type=float, help="peak learning rate of AdamW: warm-up, then cosine to a tenth of it [2e-3; 1e-3; 3e-4]")
     g.add_argument("--warmup", type=int, help="steps of linear warm-up [100; 300; 2000]")
     g.add_argument("--ema", type=float, default=0.995, help="decay of the weight average that is sampled and distilled")
-    g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the network with its loss [no; yes on CUDA]")
     g = p.add_argument_group("run")
-    add_machine_flags(g)
     g.add_argument("--out", help="checkpoint; the log lies beside it as .jsonl [out/teacher.pt, with --causal out/causal.pt]")
-    g.add_argument("--eval_every", type=int, default=425, help="steps between validations, each of which saves a checkpoint")
-    g.add_argument("--eval_samples", type=int, default=128, help="samples per validity estimate (standard error .04 at 128)")
-    g.add_argument("--save_minutes", type=float, default=10, help="minutes between checkpoints, where validations are rarer")
-    g.add_argument("--bench", action="store_true", help="train nothing: time a step, and tell FLOP/s, share of the GPU's peak, memory")
-    g.add_argument("--resume", action="store_true", help="go on from --out; flags not given again are those of the checkpoint")
+    add_training_flags(g, 425, "steps")
     kind = "causal" if p.parse_known_args(argv)[0].causal else "teacher"
     p.set_defaults(out=f"out/{kind}.pt")
     args, ckpt = parse_resumable(p, kind, argv)
@@ -570,7 +563,7 @@ def train_step(nets, net, loss_of, train, step, share, args, rank=0, world=1):
 
 
 def networks(args, config, device, ckpt):
-    """{"model", "ema", "optimizer"}, new or as the checkpoint left them; and the steps and seconds of training done so far."""
+    """{"model", "ema", "optimizer"}, new or as the checkpoint left them."""
     model = Denoiser(config).to(device)
     model.bf16 = args.bf16
     nets = {"model": model, "ema": copy.deepcopy(model), "optimizer": torch.optim.AdamW(
@@ -579,7 +572,7 @@ def networks(args, config, device, ckpt):
         for name, net in nets.items():
             net.load_state_dict(ckpt[name])
         set_rng_state(ckpt["rng"], device)
-    return nets, *((ckpt["step"], ckpt["seconds"]) if ckpt else (0, 0.0))
+    return nets
 
 
 def load_once(source, length, rank, device):
@@ -603,6 +596,55 @@ def describe(data, args, nets, device):
           f"parameters on {device}, {'bfloat16' if args.bf16 else 'float32'}")
 
 
+def log_row(row, step, speed, args, nets, data, device, bar, check, rank):
+    """What a step returned, as numbers: stop if they are not finite; after every --eval_every steps (check) with a validation."""
+    row = {"step": step + 1} | {k: over_processes(v.item(), "mean", device) for k, v in row.items()} | {"tokens_per_s": speed}
+    if not math.isfinite(row["loss"] + row["grad_norm"]):
+        raise FloatingPointError(f"the loss is not finite at step {step + 1}; the last good checkpoint is kept: "
+                                 f"lower --lr (now {args.lr}) and start again, or --resume")
+    bar.set_postfix(loss=f"{row['loss']:.3f}", tok_s=f"{speed:.0f}")
+    if check and rank == 0:
+        row.update(validate(nets["ema"], data, args, device))
+        tqdm.write(f"step {step + 1}: " + ", ".join(f"{k} {row[k]:.3f}" for k in row if k.startswith("val")))
+    return row
+
+
+def train(args, config, data, source, kind, nets, one_step, ckpt, device, rank, world):
+    """The loop: one_step(step, share) until --steps or --minutes are over, with validations and checkpoints."""
+    def save(step):
+        if rank == 0:
+            save_checkpoint(args.out, config, kind=kind, step=step, seconds=now, rng=rng_state(device), flags=vars(args),
+                            tokenizer=data["kind"], data=source, **{name: net.state_dict() for name, net in nets.items()})
+        return now
+    os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
+    first, before = (ckpt["step"], ckpt["seconds"]) if ckpt else (0, 0.0)
+    total, interrupted, begin = None if args.minutes else args.steps, catch_interrupt(), time.perf_counter()
+    now, saved, stop = before, before, False
+    with open(os.devnull if rank else os.path.splitext(args.out)[0] + ".jsonl", "a" if ckpt else "w") as log, \
+            tqdm(itertools.count(first), initial=first, total=total, desc=kind, unit="step", mininterval=1, disable=rank > 0) as bar:
+        for step in bar:
+            if step >= total if total else now >= 60 * args.minutes:
+                break
+            row = one_step(step, step / args.steps if total else now / (60 * args.minutes))
+            check = (step + 1) % args.eval_every == 0 or step + 1 == total
+            if world == 1 or step % 10 == 9 or check:  # several processes agree now and then: each time they wait
+                now = over_processes(before + time.perf_counter() - begin, "max", device)  # seconds, of the slowest process
+                stop = over_processes(interrupted(), "max", device)
+            check = check or (not total and now >= 60 * args.minutes)
+            if step % 10 == 9 or check:
+                speed = (step + 1 - first) * args.batch * args.length / (now - before)
+                log.write(json.dumps(log_row(row, step, speed, args, nets, data, device, bar, check, rank)) + "\n")
+                log.flush()
+            if check or stop or now - saved > 60 * args.save_minutes:
+                saved = save(step + 1)
+            if stop:
+                break
+    if rank == 0:
+        script = "train_teacher.py" + " --causal" * args.causal
+        print(interrupted_at(script, step + 1, args.out) if stop else f"wrote {args.out}")
+    return 130 if stop else None
+
+
 def main(argv=None):
     args, device, kind, source, ckpt = parse_flags(argv)
     device, rank, world = join_processes(device)
@@ -611,59 +653,19 @@ def main(argv=None):
         raise ValueError(f"--accumulate {args.accumulate} must divide --batch {args.batch} and be a multiple of the {world} processes")
     torch.manual_seed(args.seed)
     data = load_once(source, args.length, rank, device)
-    train = data["train"]
     config = Config(data["tokenizer"].n_vocab, args.length, args.n_layer, args.n_head, args.n_embd, args.causal)
-    nets, first, before = networks(args, config, device, ckpt)
+    nets = networks(args, config, device, ckpt)
     net = parallel(nets["model"], world)
     # one graph of network, head and loss, in which every shape is fixed
     loss_of = torch.compile(losses, fullgraph=world == 1, dynamic=False) if args.compile else losses
     if rank == 0:
         describe(data, args, nets, device)
+
+    def one_step(step, share):
+        return train_step(nets, net, loss_of, data["train"], step, share, args, rank, world)
     if args.bench:
-        return bench(lambda: train_step(nets, net, loss_of, train, 0, 0.0, args, rank, world), args.batch * args.length, device)
-    interrupted, begin = catch_interrupt(), time.perf_counter()
-
-    def seconds():  # of training, earlier runs included; the slowest process's
-        return over_processes(before + time.perf_counter() - begin, "max", device)
-
-    def save(step, seconds):
-        if rank == 0:
-            save_checkpoint(args.out, config, kind=kind, step=step, seconds=seconds, rng=rng_state(device), flags=vars(args),
-                            tokenizer=data["kind"], data=source, **{name: net.state_dict() for name, net in nets.items()})
-        return seconds
-    os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
-    total, now, saved, stop = None if args.minutes else args.steps, before, before, False
-    with open(os.devnull if rank else os.path.splitext(args.out)[0] + ".jsonl", "a" if ckpt else "w") as log, \
-            tqdm(itertools.count(first), initial=first, total=total, desc=kind, unit="step", mininterval=1, disable=rank > 0) as bar:
-        for step in bar:
-            if total is not None and step >= total:
-                break
-            row = train_step(nets, net, loss_of, train, step, step / args.steps if total else now / (60 * args.minutes), args, rank, world)
-            check = (step + 1) % args.eval_every == 0 or step + 1 == total
-            if world == 1 or step % 10 == 9 or check:  # several processes agree now and then: each time they wait
-                now, stop = seconds(), over_processes(interrupted(), "max", device)
-            last = step + 1 == total if total else now >= 60 * args.minutes
-            check = check or last
-            if step % 10 == 9 or check:
-                row = {"step": step + 1} | {k: over_processes(v.item(), "mean", device) for k, v in row.items()}
-                if not math.isfinite(row["loss"] + row["grad_norm"]):
-                    raise FloatingPointError(f"the loss is not finite at step {step + 1}; the last good checkpoint is kept: "
-                                             f"lower --lr (now {args.lr}) and start again, or --resume")
-                row["tokens_per_s"] = (step + 1 - first) * args.batch * args.length / (now - before)
-                bar.set_postfix(loss=f"{row['loss']:.3f}", tok_s=f"{row['tokens_per_s']:.0f}")
-                if check and rank == 0:
-                    row.update(validate(nets["ema"], data, args, device))
-                    tqdm.write(f"step {step + 1}: " + ", ".join(f"{k} {row[k]:.3f}" for k in row if k.startswith("val")))
-                log.write(json.dumps(row) + "\n")
-                log.flush()
-            if check or stop or now - saved > 60 * args.save_minutes:
-                saved = save(step + 1, now)
-            if stop:
-                return rank or print(interrupted_at("train_teacher.py" + " --causal" * args.causal, step + 1, args.out)) or 130
-            if last:
-                break
-    if rank == 0:
-        print(f"wrote {args.out}")
+        return bench(lambda: one_step(0, 0.0), args.batch * args.length, device, rank)
+    return train(args, config, data, source, kind, nets, one_step, ckpt, device, rank, world)
 
 
 if __name__ == "__main__":
