@@ -1090,7 +1090,7 @@ def test_evaluation_table_and_file(tiny, capsys):
     capsys.readouterr()
     assert not sample.main(["--table", "table.json"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + 16 + 6 and all("0.500 +- 0.354" in line for line in lines[2:18]) and "other (1 seeds)" in lines[-1]
+    assert len(lines) == 2 + 17 + 6 and all("0.500 +- 0.354" in line for line in lines[2:19]) and "other (1 seeds)" in lines[-1]
 
 
 # ------------------------------------------------------------------------------------------------------------------- proteins
