@@ -307,10 +307,12 @@ def ablate(path, argv, device, num=1000):
     so_far = list(itertools.accumulate(CUMULATIVE.values(), lambda a, b: f"{a} {b}"))
     runs = [*zip(CUMULATIVE, so_far), *ONE_CHANGE.items()]
     runs = [(label, flags.split(), seed) for seed in ("0", "1", "2") for label, flags in runs]
-    out, done, data = os.path.join("out", "ablation.pt"), None, None
+    out, done, data, stop = os.path.join("out", "ablation.pt"), None, None, None
     for label, flags, seed in tqdm([run for run in runs if run[2] not in results.get(run[0], {})], desc="ablation", unit="run"):
-        if done != (flags, seed) and main([*argv, *flags, "--ablate", "", "--seed", seed, "--out", out, "--eval_every", "1000000"]):
-            return 130
+        if done != (flags, seed):
+            stop = main([*argv, *flags, "--ablate", "", "--seed", seed, "--out", out, "--eval_every", "1000000"])
+        if stop:
+            break
         done = flags, seed
         ckpt, config = load_checkpoint(out, "student", device)
         model = build_denoiser(config, ckpt["ema"], device, ckpt["flags"]["bf16"]).requires_grad_(False)
@@ -319,11 +321,17 @@ def ablate(path, argv, device, num=1000):
         row = evaluate(model, num, data, device, (4, 8, 16, 32), disc)
         results.setdefault(label, {})[seed] = row | {"flags": ckpt["flags"]}
         write_json(path, results)
-    shown = [k.split("@")[0] for k in next(iter(next(iter(results.values())).values())) if k.endswith("@8")]
-    columns = [f"{shown[0]}@{n}" for n in (4, 8, 16, 32)] + [f"{name}@8" for name in shown[1:]]
-    print("| | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 1))
+    print_ablation({label: [r for r in results[label].values()] for label in dict.fromkeys(run[0] for run in runs) if label in results})
+    return stop
+
+
+def print_ablation(results):
+    """{label: [row of each seed]} as a Markdown table: mean and standard deviation over the seeds."""
+    shown = list(dict.fromkeys(k.split("@")[0] for rows in results.values() for k in rows[0] if "@" in k))
+    columns = [f"{shown[0]}@{n}" for n in (4, 8, 16, 32)] + [f"{name}@8" for name in shown[1:]] if shown else []
+    print("| | seeds | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 2))
     for label, rows in results.items():
-        print(f"| {label} | " + " | ".join(spread([r[c] for r in rows.values()], 1 if "length" in c else 3) for c in columns) + " |")
+        print(f"| {label} | {len(rows)} | " + " | ".join(spread([r[c] for r in rows], 1 if "length" in c else 3) for c in columns) + " |")
 
 
 def train(args, config, data, source, nets, update, ckpt, device, rank):
