@@ -949,6 +949,23 @@ def test_minutes_fit_the_schedule_and_resume_counts_them(tiny, script, flags, op
     assert not script.main(["--resume", "--out", "a.pt"]) and torch.load("a.pt", weights_only=True)["step"] == more  # it is finished
 
 
+def test_muon_trains_the_matrices_and_resumes(tiny, monkeypatch):
+    assert not train_teacher.main(TINY + ["--muon", "--out", "a.pt"])
+    ckpt = torch.load("a.pt", weights_only=True)
+    assert len(ckpt["muon"]["state"]) == 4 and len(ckpt["muon"]["state"]) + len(ckpt["optimizer"]["state"]) == len(list(model.Denoiser(model.Config(257, 24, 1, 2, 16)).parameters()))
+    pressed = iter([False, True])
+    monkeypatch.setattr(train_teacher, "catch_interrupt", lambda: lambda: next(pressed))
+    assert train_teacher.main(TINY + ["--muon", "--out", "b.pt"]) == 130
+    monkeypatch.setattr(train_teacher, "catch_interrupt", lambda: lambda: False)
+    assert not train_teacher.main(["--resume", "--out", "b.pt"])
+    same_checkpoint("a.pt", "b.pt")
+    with pytest.raises(ValueError, match="--muon"):
+        train_teacher.main(["--resume", "--out", "b.pt", "--no-muon"])
+    assert not train_teacher.main(TINY + ["--out", "c.pt"])
+    muon, adam = (torch.load(name, weights_only=True)["model"] for name in ("a.pt", "c.pt"))
+    assert not torch.allclose(muon["blocks.0.up.weight"], adam["blocks.0.up.weight"], atol=1e-4)
+
+
 def test_resume_writes_where_it_reads_and_takes_new_flags(tiny):
     train_teacher.main(TINY)
     distill.main(TINY_DISTILL)

@@ -478,6 +478,8 @@ def parse_flags(argv=None):
     g.add_argument("--batch", type=int, help="B, sequences per step [64; 256; 512]")
     g.add_argument("--accumulate", type=int, default=1, help="parts of a batch, one forward and backward each: less memory; a multiple of torchrun's processes")
     g.add_argument("--lr", type=float, help="peak learning rate of AdamW: warm-up, then cosine to a tenth of it [2e-3; 1e-3; 3e-4]")
+    g.add_argument("--muon", action=argparse.BooleanOptionalAction, default=False,
+                   help="Muon for the blocks' matrices, AdamW for the rest; wants --lr four times as high")
     g.add_argument("--warmup", type=int, help="steps of linear warm-up [100; 300; 2000]")
     g.add_argument("--ema", type=float, default=0.995, help="decay of the weight average that is sampled and distilled")
     g = p.add_argument_group("run")
@@ -543,8 +545,8 @@ def train_step(nets, net, loss_of, train, step, share, args, rank=0, world=1):
     The batch is args.accumulate parts with random numbers of their own, shared out among the processes: so any number of processes
     does the same.
     """
-    model, optimizer, row = nets["model"], nets["optimizer"], collections.Counter()
-    for group in optimizer.param_groups:
+    model, optimizers, row = nets["model"], [nets[name] for name in ("optimizer", "muon") if name in nets], collections.Counter()
+    for group in [group for o in optimizers for group in o.param_groups]:
         group["lr"] = learning_rate(step, share, args)
     mine = range(rank, args.accumulate, world)
     for part in mine:
@@ -556,19 +558,26 @@ def train_step(nets, net, loss_of, train, step, share, args, rank=0, world=1):
             (loss / len(mine)).backward()
         row.update({"loss": loss.detach() / len(mine), "nelbo": bound.detach() / len(mine)})
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
+    for o in optimizers:
+        o.step()
+        o.zero_grad()
     update_ema(nets["ema"], model, min(args.ema, (step + 1) / (step + 10)))
     return dict(row) | {"grad_norm": norm}
 
 
 def networks(args, config, device, ckpt):
-    """{"model", "ema", "optimizer"}, new or as the checkpoint left them."""
+    """{"model", "ema", "optimizer", with --muon "muon"}, new or as the checkpoint left them."""
     model = Denoiser(config).to(device)
     model.bf16 = args.bf16
-    nets = {"model": model, "ema": copy.deepcopy(model), "optimizer": torch.optim.AdamW(
-        model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=device.type != "mps")}
+    matrices = [p for name, p in model.named_parameters() if args.muon and p.dim() == 2 and name.startswith("blocks")]
+    rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
+    nets = {"model": model, "ema": copy.deepcopy(model),
+            "optimizer": torch.optim.AdamW(rest, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=device.type != "mps")}
+    if args.muon:  # its steps are scaled to be as long as AdamW's: one learning rate serves both
+        nets["muon"] = torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     if ckpt:
+        if ("muon" in ckpt) != args.muon:
+            raise ValueError(f"{args.out} was {'made' if 'muon' in ckpt else 'not made'} with --muon: resume it as it was begun")
         for name, net in nets.items():
             net.load_state_dict(ckpt[name])
         set_rng_state(ckpt["rng"], device)
