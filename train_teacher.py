@@ -180,6 +180,8 @@ def data_source(args):
     if re.search(r"\.(fasta|fa|faa)(\.gz|\.xz)?$", args.data):
         return {"kind": "protein", "path": os.path.abspath(args.data), "long": args.long}
     path = args.data if args.data == "openwebtext" else os.path.abspath(args.data)
+    if path != "openwebtext" and not os.path.exists(path):
+        raise ValueError(f"--data {args.data!r}: no such file or folder")
     return {"kind": "gpt2", "path": path, "cache": os.path.abspath(args.cache), "shards": args.shards}
 
 
