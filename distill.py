@@ -22,9 +22,10 @@ import torch
 from tqdm import tqdm
 
 import didi
-from model import (Discriminator, add_training_flags, bench, build_denoiser, build_discriminator, catch_interrupt, interrupted_at,
-                   join_processes, load_checkpoint, over_processes, parallel, parse_resumable, pick_device, rng_state, run_script,
-                   save_checkpoint, set_rng_state, spread, update_ema, write_json)
+from model import (Discriminator, add_training_flags, bench, build_denoiser, build_discriminator, catch_interrupt,
+                   check_training_flags, end_of_training, join_processes, load_checkpoint, log_and_bar, over_processes, parallel,
+                   parse_resumable, pick_device, rng_state, run_script, save_checkpoint, seed_apart, set_rng_state, spread,
+                   update_ema, write_json)
 from train_teacher import draw_rows, load_data, load_once, quality
 
 # What the paper does, at our size: all-mask starts, groups of 4 that share levels, coupled time, 1/t weights, both regularisers.
@@ -99,21 +100,18 @@ def parse_flags(argv=None):
         p.set_defaults(**(PAPER if args.paper else {}) | (SDTT if args.objective == "sdtt" else {}))
         args = p.parse_args(argv)
     check_flags(args)
-    device = pick_device(args)
-    args.compile = device.type == "cuda" if args.compile is None else args.compile
-    return args, device, ckpt
+    return args, pick_device(args), ckpt
 
 
 def check_flags(args):
     """ValueError with one line for what argparse can't see."""
-    if min(args.groups, args.G, args.K, args.steps, args.disc_batch, args.eval_every, args.eval_samples) < 1:
-        raise ValueError("--groups, --G, --K, --steps, --disc_batch and --eval_* must all be at least 1")
+    check_training_flags(args)
+    if min(args.groups, args.G, args.K, args.disc_batch) < 1:
+        raise ValueError("--groups, --G, --K and --disc_batch must all be at least 1")
     if args.objective == "sdtt" and (args.disc_warmup or args.steps < len(args.rounds) or min(args.rounds) < 1):
         raise ValueError("--objective sdtt has no discriminator to warm up, and needs at least one update for each of its --rounds")
     if not 0 < args.t_range[0] <= args.t_range[1] <= 1:
         raise ValueError(f"--t_range {args.t_range[0]} {args.t_range[1]}: give two levels, 0 < low <= high <= 1")
-    if args.minutes is not None and not args.minutes > 0:
-        raise ValueError(f"--minutes {args.minutes} must be more than 0")
     if not 0 < args.noise_max <= 1:
         raise ValueError(f"--noise_max {args.noise_max} must be more than 0 and at most 1")
     if args.objective == "sdtt":
@@ -321,7 +319,7 @@ def ablate(path, argv, device, num=1000):
         row = evaluate(model, num, data, device, (4, 8, 16, 32), disc)
         results.setdefault(label, {})[seed] = row | {"flags": ckpt["flags"]}
         write_json(path, results)
-    print_ablation({label: [r for r in results[label].values()] for label in dict.fromkeys(run[0] for run in runs) if label in results})
+    print_ablation({label: list(results[label].values()) for label in [*CUMULATIVE, *ONE_CHANGE] if label in results})
     return stop
 
 
@@ -341,12 +339,10 @@ def train(args, config, data, source, nets, update, ckpt, device, rank):
             save_checkpoint(args.out, config, kind="student", step=step, seconds=now, share=share, rng=rng_state(device),
                             flags=vars(args), tokenizer=data["kind"], data=source, **{name: net.state_dict() for name, net in nets.items()})
         return now
-    os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
     first, before, share = (ckpt["step"], ckpt["seconds"], ckpt["share"]) if ckpt else (0, 0.0, 0.0)
     total, interrupted, begin = None if args.minutes else args.disc_warmup + args.steps, catch_interrupt(), time.perf_counter()
     now, saved, stop = before, before, False
-    with open(os.devnull if rank else os.path.splitext(args.out)[0] + ".jsonl", "a" if ckpt else "w") as log, \
-            tqdm(itertools.count(first), initial=first, total=total, desc=args.objective, unit="update", mininterval=1, disable=rank > 0) as bar:
+    with log_and_bar(args, args.objective, "update", first, total, rank) as (log, bar):
         for step in bar:
             if step >= total if total else now >= 60 * args.minutes:
                 break
@@ -368,9 +364,7 @@ def train(args, config, data, source, nets, update, ckpt, device, rank):
                 saved = save(step + 1)
             if stop:
                 break
-    if rank == 0:
-        print(interrupted_at("distill.py", step + 1, args.out) if stop else f"wrote {args.out}")
-    return 130 if stop else None
+    return end_of_training("distill.py", step + 1, args.out, stop, rank)
 
 
 def main(argv=None):
@@ -390,7 +384,7 @@ def main(argv=None):
     reference = data["train"] if args.reference == "data" else teacher_samples(teacher)
     nets = networks(args, config, teacher, device, ckpt)
     if rank > 0:  # the same networks, but rollouts of its own
-        torch.manual_seed(hash((args.seed, rank, ckpt["step"] if ckpt else 0)) % 2 ** 63)
+        seed_apart(args.seed, rank, ckpt["step"] if ckpt else 0)
     student, disc = parallel(nets["model"], world), parallel(nets["disc"], world) if "disc" in nets else None
 
     def update(step, share):

@@ -6,8 +6,10 @@ separate calls, so that the head, the widest matrix of all, runs only at the pos
 You don't have to read this file to follow the method: didi.py takes any callable z -> logits.
 """
 import argparse
+import contextlib
 import copy
 import datetime
+import itertools
 import json
 import math
 import os
@@ -258,11 +260,13 @@ def add_machine_flags(group):
 
 
 def pick_device(args):
-    """torch.device for args.device: "auto", "cpu", "cuda" or "mps"; ValueError if it isn't there. Settles args.bf16 if it is None."""
+    """torch.device for args.device: "auto", "cpu", "cuda" or "mps"; ValueError if it isn't there. Settles args.bf16 and args.compile if they are None."""
     found = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     name = next(d for d in ("cuda", "mps", "cpu") if found[d]) if args.device == "auto" else args.device
     if not found.get(name):
         raise ValueError(f"device {name} is not available here: use --device auto or one of {[d for d in found if found[d]]}")
+    if getattr(args, "compile", False) is None:
+        args.compile = name == "cuda"
     if args.bf16 is None:  # without such instructions a CPU is slower in bfloat16
         cpu = getattr(torch.cpu, "get_capabilities", dict)()
         args.bf16 = name == "cuda" or (name == "cpu" and bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16")))
@@ -363,6 +367,28 @@ def add_training_flags(group, eval_every, unit):
     group.add_argument("--resume", action="store_true", help="go on from --out; flags not given again are those of the checkpoint")
 
 
+def check_training_flags(args):
+    """ValueError with one line for what argparse can't see of them."""
+    if args.minutes is not None and not args.minutes > 0:
+        raise ValueError(f"--minutes {args.minutes} must be more than 0")
+    if min(args.steps, args.eval_every, args.eval_samples) < 1:
+        raise ValueError("--steps, --eval_every and --eval_samples must all be at least 1")
+
+
+def seed_apart(*numbers):
+    """Seed torch with a function of these numbers: for random numbers of a process's, a part's or a step's own."""
+    torch.manual_seed(hash(numbers) % 2 ** 63)
+
+
+@contextlib.contextmanager
+def log_and_bar(args, desc, unit, first, total, rank):
+    """(the log beside --out, a bar of the steps from `first` on), both silent in every process but the first."""
+    os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
+    with open(os.devnull if rank else os.path.splitext(args.out)[0] + ".jsonl", "a" if args.resume else "w") as log, \
+            tqdm(itertools.count(first), initial=first, total=total, desc=desc, unit=unit, mininterval=1, disable=rank > 0) as bar:
+        yield log, bar
+
+
 def rng_state(device):
     """The random generators' states, for a checkpoint."""
     return {"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state()} if device.type == "cuda" else {})}
@@ -386,9 +412,11 @@ def catch_interrupt():
     return lambda: bool(pressed)
 
 
-def interrupted_at(script, step, path):
-    """What to say after Ctrl-C."""
-    return f"\ninterrupted: step {step} is saved in {path}; go on with `python {script} --resume --out {path}`"
+def end_of_training(script, step, path, interrupted, rank):
+    """Say how it ended; returns the exit code."""
+    if rank == 0:
+        print(f"\ninterrupted: step {step} is saved in {path}; go on with `python {script} --resume --out {path}`" if interrupted else f"wrote {path}")
+    return 130 if interrupted else None
 
 
 def parse_resumable(parser, kind, argv=None):

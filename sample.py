@@ -27,7 +27,6 @@ import time
 import numpy as np
 import tiktoken
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import didi
@@ -280,14 +279,13 @@ def make_judge(args, nets, tokenizer, device):
         end = gpt2.eot_token
 
         def nll(x):  # (B, at most GPT-2's 1024 tokens)
-            if tokenizer.name == "gpt2":  # its own tokens, packed: nothing ends
-                x = x.to(device)
-                logits = model(F.pad(x[:, :-1], (1, 0), value=end)).logits.float()
-                return F.cross_entropy(logits.transpose(1, 2), x, reduction="none"), torch.ones_like(x, dtype=torch.bool)
-            ids = [torch.tensor([end, *gpt2.encode_ordinary(text), end]) for text in decode(x, tokenizer)]
-            ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=end).to(device)
-            logits = model(ids[:, :-1]).logits.float()
-            return F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none"), until_end(ids[:, 1:], end)
+            eos = end_token(tokenizer)
+            if tokenizer.name != "gpt2":
+                texts, eos = decode(x, tokenizer), end
+                x = torch.nn.utils.rnn.pad_sequence([torch.tensor([*gpt2.encode_ordinary(text), end]) for text in texts],
+                                                    batch_first=True, padding_value=end)
+            x = x.to(device)
+            return causal_nll(lambda z: model(z).logits, x, end), until_end(x, eos)
 
     @torch.no_grad()
     def perplexity(x):

@@ -45,8 +45,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import didi
-from model import (Config, Denoiser, add_training_flags, bench, catch_interrupt, interrupted_at, join_processes, over_processes,
-                   parallel, parse_resumable, pick_device, rng_state, run_script, save_checkpoint, set_rng_state, update_ema, write_json)
+from model import (Config, Denoiser, add_training_flags, bench, catch_interrupt, check_training_flags, end_of_training,
+                   join_processes, log_and_bar, over_processes, parallel, parse_resumable, pick_device, rng_state, run_script,
+                   save_checkpoint, seed_apart, set_rng_state, update_ema, write_json)
 
 
 # -------------------------------------------------------------------------------------------------- data and tokenizer
@@ -493,7 +494,7 @@ def parse_flags(argv=None):
     device = pick_device(args)
     size, source = SIZES[args.size or ("nano" if device.type == "cpu" else "mini")], data_source(args)
     length = {None: 48, "protein": 128}.get(source and source["kind"], size["text_length"])
-    for name, value in (size | {"length": length, "compile": device.type == "cuda"}).items():
+    for name, value in (size | {"length": length}).items():
         if getattr(args, name, 0) is None:
             setattr(args, name, value)
     check_flags(args)
@@ -502,12 +503,9 @@ def parse_flags(argv=None):
 
 def check_flags(args):
     """ValueError with one line for what argparse can't see."""
-    if min(args.steps, args.batch, args.length, args.n_layer, args.n_head, args.n_embd, args.eval_every, args.eval_samples) < 1:
-        raise ValueError("--steps, --batch, --length, --n_layer, --n_head, --n_embd and --eval_* must all be at least 1")
-    if args.accumulate < 1:
-        raise ValueError(f"--accumulate {args.accumulate} must be at least 1")
-    if args.minutes is not None and not args.minutes > 0:
-        raise ValueError(f"--minutes {args.minutes} must be more than 0")
+    check_training_flags(args)
+    if min(args.batch, args.accumulate, args.length, args.n_layer, args.n_head, args.n_embd) < 1:
+        raise ValueError("--batch, --accumulate, --length, --n_layer, --n_head and --n_embd must all be at least 1")
 
 
 def learning_rate(step, share, args):
@@ -553,7 +551,7 @@ def train_step(nets, net, loss_of, train, step, share, args, rank=0, world=1):
     mine = range(rank, args.accumulate, world)
     for part in mine:
         if args.accumulate > 1:
-            torch.manual_seed(hash((args.seed, step, part)) % 2 ** 63)
+            seed_apart(args.seed, step, part)
         x = draw_rows(train, args.batch // args.accumulate, args.length, model.position.device)  # (B, L)
         with net.no_sync() if world > 1 and part != mine[-1] else contextlib.nullcontext():
             bound, loss = loss_of(net, model.config, x, didi.most_masks(*x.shape) if args.compile else None)
@@ -571,8 +569,9 @@ def networks(args, config, device, ckpt):
     """{"model", "ema", "optimizer", with --muon "muon"}, new or as the checkpoint left them."""
     model = Denoiser(config).to(device)
     model.bf16 = args.bf16
-    matrices = [p for name, p in model.named_parameters() if args.muon and p.dim() == 2 and name.startswith("blocks")]
-    rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
+    matrices, rest = [], []
+    for name, p in model.named_parameters():
+        (matrices if args.muon and p.dim() == 2 and name.startswith("blocks") else rest).append(p)
     nets = {"model": model, "ema": copy.deepcopy(model),
             "optimizer": torch.optim.AdamW(rest, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=device.type != "mps")}
     if args.muon:  # its steps are scaled to be as long as AdamW's: one learning rate serves both
@@ -627,12 +626,10 @@ def train(args, config, data, source, kind, nets, one_step, ckpt, device, rank, 
             save_checkpoint(args.out, config, kind=kind, step=step, seconds=now, rng=rng_state(device), flags=vars(args),
                             tokenizer=data["kind"], data=source, **{name: net.state_dict() for name, net in nets.items()})
         return now
-    os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
     first, before = (ckpt["step"], ckpt["seconds"]) if ckpt else (0, 0.0)
     total, interrupted, begin = None if args.minutes else args.steps, catch_interrupt(), time.perf_counter()
     now, saved, stop = before, before, False
-    with open(os.devnull if rank else os.path.splitext(args.out)[0] + ".jsonl", "a" if ckpt else "w") as log, \
-            tqdm(itertools.count(first), initial=first, total=total, desc=kind, unit="step", mininterval=1, disable=rank > 0) as bar:
+    with log_and_bar(args, kind, "step", first, total, rank) as (log, bar):
         for step in bar:
             if step >= total if total else now >= 60 * args.minutes:
                 break
@@ -650,10 +647,7 @@ def train(args, config, data, source, kind, nets, one_step, ckpt, device, rank, 
                 saved = save(step + 1)
             if stop:
                 break
-    if rank == 0:
-        script = "train_teacher.py" + " --causal" * args.causal
-        print(interrupted_at(script, step + 1, args.out) if stop else f"wrote {args.out}")
-    return 130 if stop else None
+    return end_of_training("train_teacher.py" + " --causal" * args.causal, step + 1, args.out, stop, rank)
 
 
 def main(argv=None):
