@@ -22,9 +22,9 @@ import torch
 from tqdm import tqdm
 
 import didi
-from model import (Discriminator, add_training_flags, bench, build_denoiser, build_discriminator, catch_interrupt,
+from model import (Discriminator, add_training_flags, average, bench, build_denoiser, build_discriminator, catch_interrupt,
                    check_training_flags, end_of_training, join_processes, load_checkpoint, log_and_bar, over_processes, parallel,
-                   parse_resumable, pick_device, rng_state, run_script, save_checkpoint, seed_apart, set_rng_state, spread,
+                   parse_resumable, parts, pick_device, rng_state, run_script, save_checkpoint, set_rng_state, share_out, spread,
                    update_ema, write_json)
 from train_teacher import draw_rows, load_data, load_once, quality
 
@@ -161,9 +161,8 @@ def diverged(step, args):
                               f"or --disc_lr (now {args.disc_lr}) and start again, or --resume")
 
 
-def descend(loss, net, optimizer):
+def descend(net, optimizer):
     """One optimiser step with gradients clipped to norm 1; returns the norm before clipping."""
-    loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
@@ -216,17 +215,15 @@ def networks(args, config, teacher, device, ckpt):
     return nets
 
 
-def didi_update(step, share, nets, student, disc, teacher, reference, args):
-    """One iteration of DiDi-Instruct, read downwards; the numbers are the README's. Returns what to log.
-
-    Until step = --disc_warmup only the discriminator learns. student and disc are nets["model"] and nets["disc"], or in DDP.
-    """
-    moving, L, mask_id, device = step >= args.disc_warmup, teacher.config.length, teacher.config.mask_id, teacher.position.device
+def states(student, teacher, reference, args, moving, graph):
+    """Parts 1 and 2 of an update: the rollout's `steps`, with their `graph` or without; its samples and the reference, noised; the level of
+    that noise and its density. All of it can be had again from the same random numbers."""
+    L, mask_id, device = teacher.config.length, teacher.config.mask_id, teacher.position.device
     # 1. rollout with intermediate-state matching: z_t -> z_tau -> x, and the log-probabilities of both steps
     groups = args.groups if moving else -(-args.disc_batch // args.G)
     x_ref, z_t, t, copies = start_states(reference, groups, args, L, mask_id, device)
     levels, tau, pi = didi.draw_levels(t, args.K if args.ism else 1, *args.beta)
-    with torch.set_grad_enabled(moving):
+    with torch.set_grad_enabled(graph):
         x, steps = didi.rollout(student, z_t, levels.repeat_interleave(len(z_t) // groups, 1), mask_id, copies)  # (groups * G, L)
     # 2. coupled time: noise x to the rollout's own tau (or to a low level of its own), and the reference at the same positions
     level = tau if args.coupled else torch.rand_like(tau) * args.noise_max
@@ -235,26 +232,45 @@ def didi_update(step, share, nets, student, disc, teacher, reference, args):
     z_fake = didi.forward_mask(x, level, mask_id)
     pick = torch.randperm(len(x), device=x.device)[:args.disc_batch]
     z_ref = x_ref.repeat_interleave(copies, 0)[pick].masked_fill(z_fake[pick] == mask_id, mask_id)
-    # 3. discriminator step: label 1 on the reference
-    logits_ref, logits_fake = disc(torch.cat((z_ref, z_fake[pick]))).chunk(2)
-    disc_loss = didi.discriminator_loss(logits_ref, z_ref, logits_fake, z_fake[pick], mask_id, args.positions, args.smoothing)
-    r_ref = didi.reward(logits_ref, z_ref, mask_id, args.positions, args.reward_clip)
-    r_pick = didi.reward(logits_fake, z_fake[pick], mask_id, args.positions, args.reward_clip)
-    row = {"disc_loss": disc_loss.item(), "disc_norm": descend(disc_loss, nets["disc"], nets["disc_opt"]),
-           "disc_acc": ((r_ref > 0).float().mean() + (r_pick < 0).float().mean()).item() / 2,
-           "r_ref": r_ref.mean().item(), "r_student": r_pick.mean().item()}
+    return steps, z_fake, z_fake[pick], z_ref, level, pi
+
+
+def didi_update(step, share, nets, student, disc, teacher, reference, args):
+    """One iteration of DiDi-Instruct, read downwards; the numbers are the README's. Returns what to log.
+
+    Until step = --disc_warmup only the discriminator learns. student and disc are nets["model"] and nets["disc"], or in DDP. The batch
+    may come in parts: then only one part's rollout is in memory with its graph, made again from the same random numbers.
+    """
+    moving, mask_id, clip, rows = step >= args.disc_warmup, teacher.config.mask_id, args.reward_clip, []
+    for k, n in parts(disc, args, step):
+        batch = steps, z_fake, z_pick, z_ref, level, pi = states(student, teacher, reference, args, moving, graph=moving and n == 1)
+        # 3. discriminator step: label 1 on the reference
+        disc.train(k == 0)  # its spectral norms iterate once, however many parts
+        logits_ref, logits_fake = disc(torch.cat((z_ref, z_pick))).chunk(2)
+        disc_loss = didi.discriminator_loss(logits_ref, z_ref, logits_fake, z_pick, mask_id, args.positions, args.smoothing)
+        (disc_loss / n).backward()
+        r_ref, r_pick = (didi.reward(*pair, mask_id, args.positions, clip) for pair in ((logits_ref, z_ref), (logits_fake, z_pick)))
+        rows.append({"disc_loss": disc_loss.item(), "disc_acc": ((r_ref > 0).float().mean() + (r_pick < 0).float().mean()).item() / 2,
+                     "r_ref": r_ref.mean().item(), "r_student": r_pick.mean().item()})
+    row = average(rows) | {"disc_norm": descend(nets["disc"], nets["disc_opt"])}
     if not moving:
         return row
-    # 4. reward and grouped reward normalisation
-    with torch.no_grad():
-        r = didi.reward(disc(z_fake), z_fake, mask_id, args.positions, args.reward_clip)  # (groups * G,)
-    advantage = didi.grouped_advantage(r, args.G, args.advantage_clip, args.eps) if args.group_norm else r
-    # 5. student step: policy gradient, KL to the teacher, entropy bonus
-    w = (didi.weight(level) if args.w else torch.ones_like(level)) / (pi if args.pi else 1)
-    kl, entropy = regularisers(teacher, steps, args.kl_kind)
-    policy = didi.policy_loss(sum(s[3] for s in steps), advantage, w, L)
-    return row | {"spread": r.view(-1, args.G).std(1, correction=0).mean().item(), "policy": policy.item(), "kl": kl.item(),
-                  "entropy": entropy.item(), "norm": descend(policy + args.kl * kl - args.entropy * entropy, nets["model"], nets["opt"])}
+    rows = []
+    for k, n in parts(student, args, step):
+        steps, z_fake, _, _, level, pi = batch if n == 1 else states(student, teacher, reference, args, moving, graph=True)
+        # 4. reward and grouped reward normalisation
+        disc.train(k == 0)
+        with torch.no_grad():
+            r = didi.reward(disc(z_fake), z_fake, mask_id, args.positions, clip)  # (groups * G,)
+        advantage = didi.grouped_advantage(r, args.G, args.advantage_clip, args.eps) if args.group_norm else r
+        # 5. student step: policy gradient, KL to the teacher, entropy bonus
+        w = (didi.weight(level) if args.w else torch.ones_like(level)) / (pi if args.pi else 1)
+        kl, entropy = regularisers(teacher, steps, args.kl_kind)
+        policy = didi.policy_loss(sum(s[3] for s in steps), advantage, w, teacher.config.length)
+        ((policy + args.kl * kl - args.entropy * entropy) / n).backward()
+        rows.append({"spread": r.view(-1, args.G).std(1, correction=0).mean().item(), "policy": policy.item(), "kl": kl.item(),
+                     "entropy": entropy.item()})
+    return row | average(rows) | {"norm": descend(nets["model"], nets["opt"])}
 
 
 def sdtt_update(step, share, nets, student, disc, teacher, reference, args):
@@ -263,18 +279,22 @@ def sdtt_update(step, share, nets, student, disc, teacher, reference, args):
     The training is shared out among the rounds; in each, student and target begin as the student so far. share: (before, now), how
     much of the training was done at the last update and is now, 0 to 1. Returns what to log.
     """
-    mask_id, (last, k) = teacher.config.mask_id, (min(int(part * len(args.rounds) + 1e-9), len(args.rounds) - 1) for part in share)
-    if step == 0 or k > last:
+    mask_id, rows = teacher.config.mask_id, []
+    last, now = (min(int(part * len(args.rounds) + 1e-9), len(args.rounds) - 1) for part in share)
+    if step == 0 or now > last:
         for name in ("target", "model"):
             nets[name].load_state_dict(nets["ema"].state_dict())
         nets["opt"].state.clear()
-    x = draw_rows(reference, args.groups * args.G, teacher.config.length, teacher.position.device)
-    t = didi.low_discrepancy_times(len(x), x.device)
-    z_t = didi.forward_mask(x, t, mask_id)
-    target = didi.sdtt_target(nets["target"], z_t, t, t.clamp(max=1 / args.rounds[k]), mask_id)
-    kl = didi.kl_to_teacher(didi.predict(student, z_t, z_t == mask_id), target, args.kl_kind)
-    kl = kl.sum() / max(len(kl), 1)
-    return {"round": args.rounds[k], "kl": kl.item(), "norm": descend(kl, nets["model"], nets["opt"])}
+    for _, n in parts(student, args, step):
+        x = draw_rows(reference, args.groups * args.G, teacher.config.length, teacher.position.device)
+        t = didi.low_discrepancy_times(len(x), x.device)
+        z_t = didi.forward_mask(x, t, mask_id)
+        target = didi.sdtt_target(nets["target"], z_t, t, t.clamp(max=1 / args.rounds[now]), mask_id)
+        kl = didi.kl_to_teacher(didi.predict(student, z_t, z_t == mask_id), target, args.kl_kind)
+        kl = kl.sum() / max(len(kl), 1)
+        (kl / n).backward()
+        rows.append({"kl": kl.item()})
+    return average(rows) | {"round": args.rounds[now], "norm": descend(nets["model"], nets["opt"])}
 
 
 def finish_row(row, args, log, bar, report):
@@ -355,11 +375,10 @@ def train(args, config, data, source, nets, update, ckpt, device, rank):
                 raise diverged(step + 1, args) from None
             if done > 0:
                 update_ema(nets["ema"], nets["model"], args.ema)
-            now = over_processes(before + time.perf_counter() - begin, "max", device)  # seconds, of the slowest process
+            row = over_processes(row | {"seconds": before + time.perf_counter() - begin, "stop": interrupted()}, device)
+            now, stop = row.pop("seconds"), row.pop("stop")
             check = (step + 1 == total if total else now >= 60 * args.minutes) or (done > 0 and done % args.eval_every == 0)
-            if rank == 0:
-                finish_row(row, args, log, bar, (lambda: evaluate(nets["ema"], args.eval_samples, data, device)) if check else None)
-            stop = over_processes(interrupted(), "max", device)
+            finish_row(row, args, log, bar, (lambda: evaluate(nets["ema"], args.eval_samples, data, device)) if check and rank == 0 else None)
             if check or stop or now - saved > 60 * args.save_minutes:
                 saved = save(step + 1)
             if stop:
@@ -374,21 +393,18 @@ def main(argv=None):
             raise ValueError("--ablate is for one process: start it without torchrun")
         return ablate(args.ablate, sys.argv[1:] if argv is None else argv, device)
     device, rank, world = join_processes(device)
-    if args.groups % world or (args.objective == "didi" and args.disc_batch % world):
-        raise ValueError(f"--groups {args.groups} and --disc_batch {args.disc_batch} must be multiples of the {world} processes")
-    mine = argparse.Namespace(**vars(args) | {"groups": args.groups // world, "disc_batch": args.disc_batch // world})
+    share_out(args, world, "groups", *["disc_batch"] * (args.objective == "didi"))
+    part = argparse.Namespace(**vars(args) | {"groups": args.groups // args.accumulate, "disc_batch": args.disc_batch // args.accumulate})
     torch.manual_seed(args.seed)
     loaded, config = load_checkpoint(args.teacher.format(seed=args.seed), "teacher", device)
     teacher = build_denoiser(config, loaded["ema"], device, args.bf16).requires_grad_(False)
     data = load_once(loaded["data"], config.length, rank, device)
     reference = data["train"] if args.reference == "data" else teacher_samples(teacher)
     nets = networks(args, config, teacher, device, ckpt)
-    if rank > 0:  # the same networks, but rollouts of its own
-        seed_apart(args.seed, rank, ckpt["step"] if ckpt else 0)
     student, disc = parallel(nets["model"], world), parallel(nets["disc"], world) if "disc" in nets else None
 
     def update(step, share):
-        return (didi_update if args.objective == "didi" else sdtt_update)(step, share, nets, student, disc, teacher, reference, mine)
+        return (didi_update if args.objective == "didi" else sdtt_update)(step, share, nets, student, disc, teacher, reference, part)
     if args.bench:
         return bench(lambda: update(args.disc_warmup + 1, (0.0, 0.0)), args.groups * args.G * config.length, device, rank)
     return train(args, config, data, loaded["data"], nets, update, ckpt, device, rank)

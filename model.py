@@ -312,13 +312,32 @@ def join_processes(device):
     return device, torch.distributed.get_rank(), world
 
 
-def over_processes(value, how, device):
-    """A number's "mean" or "max" over all processes, the same for each of them; the number itself if there is one process."""
+def average(rows):
+    """The mean of each number in dicts of the same keys."""
+    return {k: sum(row[k] for row in rows) / len(rows) for k in rows[0]}
+
+
+def over_processes(row, device):
+    """The mean over all processes of each number in a dict, in one collective call; the dict itself if there is one process."""
     if not torch.distributed.is_initialized():
-        return value
-    x = torch.tensor(float(value), device=device)
-    torch.distributed.all_reduce(x, torch.distributed.ReduceOp.MAX if how == "max" else torch.distributed.ReduceOp.SUM)
-    return x.item() / (1 if how == "max" else torch.distributed.get_world_size())
+        return row
+    x = torch.tensor([float(v) for v in row.values()], dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(x)
+    return dict(zip(row, (x / torch.distributed.get_world_size()).tolist()))
+
+
+def parts(net, args, step):
+    """Of a batch's --accumulate parts those that fall to this process: yields (k, n), its part k of n, to run and differentiate.
+
+    Each has random numbers of its own, so any number of processes does the same. In DDP the gradients are averaged at the last one.
+    """
+    on = torch.distributed.is_initialized()
+    mine = range(torch.distributed.get_rank(), args.accumulate, torch.distributed.get_world_size()) if on else range(args.accumulate)
+    for k, part in enumerate(mine):
+        if args.accumulate > 1:
+            torch.manual_seed(hash((args.seed, step, part)) % 2 ** 63)
+        with net.no_sync() if on and k < len(mine) - 1 else contextlib.nullcontext():
+            yield k, len(mine)
 
 
 def parallel(net, world):
@@ -358,6 +377,8 @@ def add_training_flags(group, eval_every, unit):
     """The flags that both training scripts have."""
     on_off = argparse.BooleanOptionalAction
     group.add_argument("--minutes", type=float, help="stop after so many minutes, with the schedule fitted to them, whatever --steps says")
+    group.add_argument("--accumulate", type=int, default=1,
+                       help="parts of a batch, one after the other: less memory; a multiple of torchrun's processes, which share them")
     group.add_argument("--compile", action=on_off, help="torch.compile: one graph of network and loss; or trunks [no; yes on CUDA]")
     add_machine_flags(group)
     group.add_argument("--eval_every", type=int, default=eval_every, help=f"{unit} between tables, each of which saves a checkpoint")
@@ -371,13 +392,16 @@ def check_training_flags(args):
     """ValueError with one line for what argparse can't see of them."""
     if args.minutes is not None and not args.minutes > 0:
         raise ValueError(f"--minutes {args.minutes} must be more than 0")
-    if min(args.steps, args.eval_every, args.eval_samples) < 1:
-        raise ValueError("--steps, --eval_every and --eval_samples must all be at least 1")
+    if min(args.steps, args.accumulate, args.eval_every, args.eval_samples) < 1:
+        raise ValueError("--steps, --accumulate, --eval_every and --eval_samples must all be at least 1")
 
 
-def seed_apart(*numbers):
-    """Seed torch with a function of these numbers: for random numbers of a process's, a part's or a step's own."""
-    torch.manual_seed(hash(numbers) % 2 ** 63)
+def share_out(args, world, *names):
+    """Settle --accumulate for so many processes; ValueError if it doesn't divide the flags of these names."""
+    args.accumulate = world if args.accumulate == 1 else args.accumulate
+    for name in names:
+        if args.accumulate % world or getattr(args, name) % args.accumulate:
+            raise ValueError(f"--accumulate {args.accumulate} must divide --{name} {getattr(args, name)} and be a multiple of the {world} processes")
 
 
 @contextlib.contextmanager

@@ -931,6 +931,39 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tiny, monkeypatch):
         train_teacher.main(TINY + ["--accumulate", "3"])
 
 
+@pytest.mark.parametrize("flags", [[], ["--share", "level", "--coupled", "--w", "--pi"], ["--objective", "sdtt", "--disc_warmup", "0", "--rounds", "4", "2"]])
+def test_parts_of_an_update_give_the_mean_of_their_gradients(tiny, monkeypatch, flags):
+    """Each part's gradients alone, by an update of its size with its random numbers, against both together with --accumulate 2."""
+    train_teacher.main(TINY)
+
+    def gradients(accumulate, groups, seed=None):
+        found, argv = [], TINY_DISTILL + ["--disc_warmup", "0", *flags, "--groups", str(groups), "--disc_batch", "4"]
+        args, device, _ = distill.parse_flags(argv)
+        args.accumulate = accumulate
+        loaded, config = model.load_checkpoint("out/teacher.pt", "teacher")
+        teacher = model.build_denoiser(config, loaded["ema"]).requires_grad_(False)
+        torch.manual_seed(1)
+        nets, reference = distill.networks(args, config, teacher, device, None), train_teacher.load_data(None, config.length)["train"]
+
+        def descend(net, optimizer):
+            found.append([p.grad.clone() for p in net.parameters() if p.grad is not None])
+            return 0.0
+        monkeypatch.setattr(distill, "descend", descend)
+        if seed is not None:
+            torch.manual_seed(seed)
+        update = distill.sdtt_update if "sdtt" in flags else distill.didi_update
+        row = update(7, (0.0, 0.0), nets, nets["model"], nets.get("disc"), teacher, reference, args)
+        return found, row
+    together, row = gradients(2, 2)
+    alone = [gradients(1, 2, hash((0, 7, part)) % 2 ** 63) for part in (0, 1)]
+    for net, (a, b) in zip(together, zip(*(found for found, _ in alone))):
+        assert len(net) == len(a) and all(torch.allclose(g, (x + y) / 2, atol=1e-6) for g, x, y in zip(net, a, b))
+        assert not all(torch.allclose(x, y, atol=1e-4) for x, y in zip(a, b))
+    assert all(row[k] == pytest.approx((alone[0][1][k] + alone[1][1][k]) / 2, abs=1e-5) for k in row)
+    with pytest.raises(ValueError, match="--accumulate 3"):
+        distill.main(TINY_DISTILL + flags + ["--accumulate", "3"])
+
+
 @pytest.mark.parametrize("script, flags, optimizer, lr", [
     (train_teacher, TINY + ["--warmup", "0"], "optimizer", 2e-3), (distill, TINY_DISTILL, "opt", 6e-4),
     (distill, TINY_DISTILL + ["--objective", "sdtt", "--disc_warmup", "0", "--rounds", "4", "2", "1"], "opt", 1e-3)])
@@ -1046,26 +1079,27 @@ def test_two_processes_train_as_one_does(tiny, monkeypatch):
     assert logs[0] == pytest.approx(logs[1], abs=1e-4) and len(logs[0]) == 2
 
 
-def test_two_processes_distil_with_averaged_gradients(tiny):
-    """With equal random numbers two processes of two groups do what one of two groups does; with their own, they stay together."""
+def test_two_processes_distil_as_one_does(tiny):
+    """The same log and weights as one process that takes the same two parts in turn; both processes end with the same student."""
     write_proteins(tiny / "p.fasta")
     train_teacher.main(TINY + ["--data", "p.fasta", "--length", "32"])
     driver = tiny / "driver.py"
     driver.write_text("import os, sys, distill\n"
-                      "seed = distill.torch.manual_seed\n"
-                      "if sys.argv.pop(1) == 'equal':\n    distill.torch.manual_seed = lambda s: s or seed(s)\n"
                       "keep, real = {}, distill.networks\n"
-                      "def networks(*args):\n    out = real(*args)\n    keep.update(out)\n    return out\n"
+                      "def networks(*args):\n    keep.update(real(*args))\n    return keep\n"
                       "distill.networks = networks\n"
                       "def main():\n    distill.main(sys.argv[1:])\n    total = sum(p.double().sum().item() for p in keep['model'].parameters())\n"
                       "    with open('weights' + os.environ['RANK'], 'w') as f:\n        f.write(str(total))\n"
                       "distill.run_script(main)\n")
-    double = TINY_DISTILL + ["--groups", "4", "--disc_batch", "8"]
-    assert not distill.main(TINY_DISTILL + ["--out", "one.pt"])
-    torchrun(2, driver, ["equal", *double, "--out", "equal.pt"])
-    torchrun(2, driver, ["own", *double, "--out", "own.pt"])
-    one, equal, own = (torch.load(f"{name}.pt", weights_only=True)["model"] for name in ("one", "equal", "own"))
-    assert all(torch.allclose(one[k], equal[k], atol=1e-5) for k in one) and not all(torch.allclose(one[k], own[k], atol=1e-5) for k in one)
+    assert not distill.main(TINY_DISTILL + ["--accumulate", "2", "--out", "one.pt"])
+    torchrun(2, driver, [*TINY_DISTILL, "--out", "two.pt"])
+    one, two = (torch.load(f"{name}.pt", weights_only=True) for name in ("one", "two"))
+    for name in ("model", "disc", "ema"):
+        assert all(torch.allclose(one[name][k], two[name][k], atol=1e-5) for k in one[name]), name
+    logs = [[json.loads(line) for line in open(f"{name}.jsonl")] for name in ("one", "two")]
+    for a, b in zip(*logs):
+        assert a.keys() == b.keys() and all(a[k] == pytest.approx(b[k], abs=1e-4) for k in a if k != "time")
+    assert len(logs[0]) == len(logs[1]) == 4 and "norm" in logs[0][-1]
     sums = [float((tiny / name).read_text()) for name in ("weights0", "weights1")]
     assert sums[0] == pytest.approx(sums[1], abs=1e-9)
 

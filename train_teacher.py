@@ -45,9 +45,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import didi
-from model import (Config, Denoiser, add_training_flags, bench, catch_interrupt, check_training_flags, end_of_training,
-                   join_processes, log_and_bar, over_processes, parallel, parse_resumable, pick_device, rng_state, run_script,
-                   save_checkpoint, seed_apart, set_rng_state, update_ema, write_json)
+from model import (Config, Denoiser, add_training_flags, average, bench, catch_interrupt, check_training_flags, end_of_training,
+                   join_processes, log_and_bar, over_processes, parallel, parse_resumable, parts, pick_device, rng_state, run_script,
+                   save_checkpoint, set_rng_state, share_out, update_ema, write_json)
 
 
 # -------------------------------------------------------------------------------------------------- data and tokenizer
@@ -479,7 +479,6 @@ def parse_flags(argv=None):
     g = p.add_argument_group("optimisation")
     g.add_argument("--steps", type=int, help="optimiser steps [1700; 10000; 100000]")
     g.add_argument("--batch", type=int, help="B, sequences per step [64; 256; 512]")
-    g.add_argument("--accumulate", type=int, default=1, help="parts of a batch, one forward and backward each: less memory; a multiple of torchrun's processes")
     g.add_argument("--lr", type=float, help="peak learning rate of AdamW: warm-up, then cosine to a tenth of it [2e-3; 1e-3; 3e-4]")
     g.add_argument("--muon", action=argparse.BooleanOptionalAction, default=False,
                    help="Muon for the blocks' matrices, AdamW for the rest; wants --lr four times as high")
@@ -504,8 +503,8 @@ def parse_flags(argv=None):
 def check_flags(args):
     """ValueError with one line for what argparse can't see."""
     check_training_flags(args)
-    if min(args.batch, args.accumulate, args.length, args.n_layer, args.n_head, args.n_embd) < 1:
-        raise ValueError("--batch, --accumulate, --length, --n_layer, --n_head and --n_embd must all be at least 1")
+    if min(args.batch, args.length, args.n_layer, args.n_head, args.n_embd) < 1:
+        raise ValueError("--batch, --length, --n_layer, --n_head and --n_embd must all be at least 1")
 
 
 def learning_rate(step, share, args):
@@ -522,8 +521,7 @@ def validate(model, data, args, device):
     with torch.random.fork_rng():
         torch.manual_seed(1234)
         x = (data["val"][:1024] if data["kind"] != "gpt2" else held_out(data["val"], 64, args.length)).to(device)
-        parts = x.split(max(args.batch // args.accumulate, 1))
-        nelbo = sum(losses(model, model.config, part)[0].item() * len(part) for part in parts) / len(x)
+        nelbo = sum(losses(model, model.config, part)[0].item() * len(part) for part in x.split(args.batch // args.accumulate)) / len(x)
         row = {"val_nelbo": nelbo, "val_ppl": math.exp(nelbo)}
         for steps in (args.length,) if args.causal else (8, 64):
             z = torch.full((args.eval_samples, args.length), mask_id, device=device)
@@ -539,30 +537,22 @@ def losses(net, config, x, size=None):
     return didi.nelbo(net, x, config.mask_id, size=size)
 
 
-def train_step(nets, net, loss_of, train, step, share, args, rank=0, world=1):
-    """One optimiser step of loss_of(net, ..); share: of the whole training that is done. Returns what to log, as tensors.
-
-    The batch is args.accumulate parts with random numbers of their own, shared out among the processes: so any number of processes
-    does the same.
-    """
-    model, optimizers, row = nets["model"], [nets[name] for name in ("optimizer", "muon") if name in nets], collections.Counter()
+def train_step(nets, net, loss_of, train, step, share, args):
+    """One optimiser step of loss_of(net, ..); share: of the whole training that is done. Returns what to log, as tensors."""
+    model, optimizers, rows = nets["model"], [nets[name] for name in ("optimizer", "muon") if name in nets], []
     for group in [group for o in optimizers for group in o.param_groups]:
         group["lr"] = learning_rate(step, share, args)
-    mine = range(rank, args.accumulate, world)
-    for part in mine:
-        if args.accumulate > 1:
-            seed_apart(args.seed, step, part)
+    for _, n in parts(net, args, step):
         x = draw_rows(train, args.batch // args.accumulate, args.length, model.position.device)  # (B, L)
-        with net.no_sync() if world > 1 and part != mine[-1] else contextlib.nullcontext():
-            bound, loss = loss_of(net, model.config, x, didi.most_masks(*x.shape) if args.compile else None)
-            (loss / len(mine)).backward()
-        row.update({"loss": loss.detach() / len(mine), "nelbo": bound.detach() / len(mine)})
+        bound, loss = loss_of(net, model.config, x, didi.most_masks(*x.shape) if args.compile else None)
+        (loss / n).backward()
+        rows.append({"loss": loss.detach(), "nelbo": bound.detach()})
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for o in optimizers:
         o.step()
         o.zero_grad()
     update_ema(nets["ema"], model, min(args.ema, (step + 1) / (step + 10)))
-    return dict(row) | {"grad_norm": norm}
+    return average(rows) | {"grad_norm": norm}
 
 
 def networks(args, config, device, ckpt):
@@ -608,7 +598,7 @@ def describe(data, args, nets, device):
 
 def log_row(row, step, speed, args, nets, data, device, bar, check, rank):
     """What a step returned, as numbers: stop if they are not finite; after every --eval_every steps (check) with a validation."""
-    row = {"step": step + 1} | {k: over_processes(v.item(), "mean", device) for k, v in row.items()} | {"tokens_per_s": speed}
+    row = {"step": step + 1} | over_processes({k: v.item() for k, v in row.items()}, device) | {"tokens_per_s": speed}
     if not math.isfinite(row["loss"] + row["grad_norm"]):
         raise FloatingPointError(f"the loss is not finite at step {step + 1}; the last good checkpoint is kept: "
                                  f"lower --lr (now {args.lr}) and start again, or --resume")
@@ -636,8 +626,7 @@ def train(args, config, data, source, kind, nets, one_step, ckpt, device, rank, 
             row = one_step(step, step / args.steps if total else now / (60 * args.minutes))
             check = (step + 1) % args.eval_every == 0 or step + 1 == total
             if world == 1 or step % 10 == 9 or check:  # several processes agree now and then: each time they wait
-                now = over_processes(before + time.perf_counter() - begin, "max", device)  # seconds, of the slowest process
-                stop = over_processes(interrupted(), "max", device)
+                now, stop = over_processes({"seconds": before + time.perf_counter() - begin, "stop": interrupted()}, device).values()
             check = check or (not total and now >= 60 * args.minutes)
             if step % 10 == 9 or check:
                 speed = (step + 1 - first) * args.batch * args.length / (now - before)
@@ -653,9 +642,7 @@ def train(args, config, data, source, kind, nets, one_step, ckpt, device, rank, 
 def main(argv=None):
     args, device, kind, source, ckpt = parse_flags(argv)
     device, rank, world = join_processes(device)
-    args.accumulate = world if args.accumulate == 1 else args.accumulate
-    if args.accumulate % world or args.batch % args.accumulate:
-        raise ValueError(f"--accumulate {args.accumulate} must divide --batch {args.batch} and be a multiple of the {world} processes")
+    share_out(args, world, "batch")
     torch.manual_seed(args.seed)
     data = load_once(source, args.length, rank, device)
     config = Config(data["tokenizer"].n_vocab, args.length, args.n_layer, args.n_head, args.n_embd, args.causal)
@@ -667,7 +654,7 @@ def main(argv=None):
         describe(data, args, nets, device)
 
     def one_step(step, share):
-        return train_step(nets, net, loss_of, data["train"], step, share, args, rank, world)
+        return train_step(nets, net, loss_of, data["train"], step, share, args)
     if args.bench:
         return bench(lambda: one_step(0, 0.0), args.batch * args.length, device, rank)
     return train(args, config, data, source, kind, nets, one_step, ckpt, device, rank, world)
