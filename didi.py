@@ -229,11 +229,9 @@ def kl_to_teacher(log_p_student, log_p_teacher, kind):
     """KL divergence (n,), nats, between rows (n, V): "forward" KL(teacher || student), "reverse", or "jeffreys" = their mean."""
     def kl(log_p, log_q):
         return (log_p.exp() * (log_p - log_q)).sum(-1)
-    if kind == "forward":
-        return kl(log_p_teacher, log_p_student)
-    if kind == "reverse":
-        return kl(log_p_student, log_p_teacher)
-    return (kl(log_p_teacher, log_p_student) + kl(log_p_student, log_p_teacher)) / 2
+    if kind == "jeffreys":
+        return (kl(log_p_teacher, log_p_student) + kl(log_p_student, log_p_teacher)) / 2
+    return kl(log_p_teacher, log_p_student) if kind == "forward" else kl(log_p_student, log_p_teacher)
 
 
 def entropy(log_p_x):

@@ -12,20 +12,16 @@
 import argparse
 import copy
 import itertools
-import json
-import math
 import os
 import sys
-import time
 
 import torch
 from tqdm import tqdm
 
 import didi
-from model import (Discriminator, add_training_flags, average, bench, build_denoiser, build_discriminator, catch_interrupt,
-                   check_training_flags, end_of_training, join_processes, load_checkpoint, log_and_bar, over_processes, parallel,
-                   parse_resumable, parts, pick_device, rng_state, run_script, save_checkpoint, set_rng_state, share_out, spread,
-                   update_ema, write_json)
+from model import (Discriminator, add_training_flags, average, bench, build_denoiser, build_discriminator, check_training_flags,
+                   join_processes, load_checkpoint, parallel, parse_resumable, parts, pick_device, read_results, restore, run_script,
+                   share_out, spread, train, update_ema, write_json)
 from train_teacher import draw_rows, load_data, load_once, quality
 
 # What the paper does, at our size: all-mask starts, groups of 4 that share levels, coupled time, 1/t weights, both regularisers.
@@ -110,6 +106,8 @@ def check_flags(args):
         raise ValueError("--groups, --G, --K and --disc_batch must all be at least 1")
     if args.objective == "sdtt" and (args.disc_warmup or args.steps < len(args.rounds) or min(args.rounds) < 1):
         raise ValueError("--objective sdtt has no discriminator to warm up, and needs at least one update for each of its --rounds")
+    if min(args.beta) <= 0:
+        raise ValueError(f"--beta {args.beta[0]} {args.beta[1]}: both must be more than 0")
     if not 0 < args.t_range[0] <= args.t_range[1] <= 1:
         raise ValueError(f"--t_range {args.t_range[0]} {args.t_range[1]}: give two levels, 0 < low <= high <= 1")
     if not 0 < args.noise_max <= 1:
@@ -122,25 +120,11 @@ def check_flags(args):
         raise ValueError(f"--disc_batch {args.disc_batch} is more than the {args.groups * args.G} samples of an update (groups * G)")
 
 
-def start_states(reference, groups, args, length, mask_id, device):
-    """What the rollouts start from: reference texts x (B, L), z_t = x noised (B, L), levels t (groups,), and completions per state.
-
-    --share state: one z_t per group, which all G samples complete. --share level: G states of their own, at one level.
-    """
-    t = torch.ones(groups, device=device)
-    if args.start == "data":
-        t = torch.where(torch.rand_like(t) < args.mask_share, t, torch.empty_like(t).uniform_(*args.t_range))
-    copies = args.G if args.share == "state" else 1
-    rows = groups * args.G // copies
-    x = draw_rows(reference, rows, length, device)
-    return x, didi.forward_mask(x, t.repeat_interleave(rows // groups), mask_id), t, copies
-
-
 def teacher_samples(teacher, num=2048, steps=64, batch=256):
     """(num, L) samples of the teacher: the reference of the paper, where it would be the data otherwise."""
     z = torch.full((num, teacher.config.length), teacher.config.mask_id, device=next(teacher.parameters()).device)
     return torch.cat([didi.sample(teacher, part, steps, teacher.config.mask_id)[0]
-                      for part in tqdm(z.split(batch), desc="teacher samples", unit="batch")])
+                      for part in tqdm(z.split(batch), desc="teacher samples", unit="batch", disable=int(os.environ.get("RANK", 0)) > 0)])
 
 
 def regularisers(teacher, steps, kind):
@@ -153,12 +137,6 @@ def regularisers(teacher, steps, kind):
             kl = kl + didi.kl_to_teacher(log_p_x, log_p_teacher, kind).mean() / len(steps)
             entropy = entropy + didi.entropy(log_p_x).mean() / len(steps)
     return kl, entropy
-
-
-def diverged(step, args):
-    """What to raise when something is not finite."""
-    return FloatingPointError(f"a loss is not finite at update {step}; the last good checkpoint is kept: lower --lr (now {args.lr}) "
-                              f"or --disc_lr (now {args.disc_lr}) and start again, or --resume")
 
 
 def descend(net, optimizer):
@@ -180,7 +158,7 @@ def evaluate(model, num, data, device, steps=(4, 8, 16), disc=None, batch=256):
             return didi.guided_sample(model, disc, z, n, mask_id, disc.positions, noise_max=disc.noise_max)[0]
         return didi.sample(model, z, n, mask_id)[0]
     row, mask_id = {}, model.config.mask_id
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(4321)
         for n in steps:
             z = torch.full((num, model.config.length), mask_id, device=device)
@@ -200,11 +178,7 @@ def networks(args, config, teacher, device, ckpt):
         disc = nets["disc"] = Discriminator(teacher, args.disc_blocks).to(device)
         nets["disc_opt"] = torch.optim.AdamW([p for p in disc.parameters() if p.requires_grad], lr=args.disc_lr, **adam)
     if ckpt:
-        if {"share", *nets} - ckpt.keys():
-            raise ValueError(f"{args.out} was made by another --objective or version: leave --objective out, or give another --out")
-        for name, net in nets.items():
-            net.load_state_dict(ckpt[name])
-        set_rng_state(ckpt["rng"], device)
+        restore(nets, ckpt, device)
         if "disc_opt" in nets:
             nets["disc_opt"].param_groups[0]["lr"] = args.disc_lr
     if args.compile:
@@ -219,12 +193,18 @@ def states(student, teacher, reference, args, moving, graph):
     """Parts 1 and 2 of an update: the rollout's `steps`, with their `graph` or without; its samples and the reference, noised; the level of
     that noise and its density. All of it can be had again from the same random numbers."""
     L, mask_id, device = teacher.config.length, teacher.config.mask_id, teacher.position.device
-    # 1. rollout with intermediate-state matching: z_t -> z_tau -> x, and the log-probabilities of both steps
+    # 1. rollout with intermediate-state matching: z_t -> z_tau -> x, and the log-probabilities of both steps. z_t: texts noised at t, or all masks;
+    # with --share state one for each group, which is completed G times, else `own` = G of them
     groups = args.groups if moving else -(-args.disc_batch // args.G)
-    x_ref, z_t, t, copies = start_states(reference, groups, args, L, mask_id, device)
+    own, copies = (1, args.G) if args.share == "state" else (args.G, 1)
+    t = torch.ones(groups, device=device)
+    if args.start == "data":
+        t = torch.where(torch.rand_like(t) < args.mask_share, t, torch.empty_like(t).uniform_(*args.t_range))
+    x_ref = draw_rows(reference, groups * own, L, device)
+    z_t = didi.forward_mask(x_ref, t.repeat_interleave(own), mask_id)
     levels, tau, pi = didi.draw_levels(t, args.K if args.ism else 1, *args.beta)
     with torch.set_grad_enabled(graph):
-        x, steps = didi.rollout(student, z_t, levels.repeat_interleave(len(z_t) // groups, 1), mask_id, copies)  # (groups * G, L)
+        x, steps = didi.rollout(student, z_t, levels.repeat_interleave(own, 1), mask_id, copies)  # (groups * G, L)
     # 2. coupled time: noise x to the rollout's own tau (or to a low level of its own), and the reference at the same positions
     level = tau if args.coupled else torch.rand_like(tau) * args.noise_max
     pi = pi if args.coupled else torch.full_like(pi, 1 / args.noise_max)
@@ -232,7 +212,7 @@ def states(student, teacher, reference, args, moving, graph):
     z_fake = didi.forward_mask(x, level, mask_id)
     pick = torch.randperm(len(x), device=x.device)[:args.disc_batch]
     z_ref = x_ref.repeat_interleave(copies, 0)[pick].masked_fill(z_fake[pick] == mask_id, mask_id)
-    return steps, z_fake, z_fake[pick], z_ref, level, pi
+    return steps if graph else None, z_fake, z_fake[pick], z_ref, level, pi
 
 
 def didi_update(step, share, nets, student, disc, teacher, reference, args):
@@ -268,6 +248,7 @@ def didi_update(step, share, nets, student, disc, teacher, reference, args):
         kl, entropy = regularisers(teacher, steps, args.kl_kind)
         policy = didi.policy_loss(sum(s[3] for s in steps), advantage, w, teacher.config.length)
         ((policy + args.kl * kl - args.entropy * entropy) / n).backward()
+        del steps  # before the next part makes its own
         rows.append({"spread": r.view(-1, args.G).std(1, correction=0).mean().item(), "policy": policy.item(), "kl": kl.item(),
                      "entropy": entropy.item()})
     return row | average(rows) | {"norm": descend(nets["model"], nets["opt"])}
@@ -276,15 +257,16 @@ def didi_update(step, share, nets, student, disc, teacher, reference, args):
 def sdtt_update(step, share, nets, student, disc, teacher, reference, args):
     """One iteration of self-distillation through time (arXiv 2410.21035): match in one step what two steps of `target` predict.
 
-    The training is shared out among the rounds; in each, student and target begin as the student so far. share: (before, now), how
-    much of the training was done at the last update and is now, 0 to 1. Returns what to log.
+    The training is shared out among the rounds; in each, student and target begin as the student so far. share: of the training that is
+    done, 0 to 1. Returns what to log.
     """
-    mask_id, rows = teacher.config.mask_id, []
-    last, now = (min(int(part * len(args.rounds) + 1e-9), len(args.rounds) - 1) for part in share)
-    if step == 0 or now > last:
+    mask_id, rows, group = teacher.config.mask_id, [], nets["opt"].param_groups[0]  # which a checkpoint keeps, and in it the round
+    now = min(int(share * len(args.rounds) + 1e-9), len(args.rounds) - 1)
+    if now > group.get("round", -1):
         for name in ("target", "model"):
             nets[name].load_state_dict(nets["ema"].state_dict())
         nets["opt"].state.clear()
+        group["round"] = now
     for _, n in parts(student, args, step):
         x = draw_rows(reference, args.groups * args.G, teacher.config.length, teacher.position.device)
         t = didi.low_discrepancy_times(len(x), x.device)
@@ -297,30 +279,12 @@ def sdtt_update(step, share, nets, student, disc, teacher, reference, args):
     return average(rows) | {"round": args.rounds[now], "norm": descend(nets["model"], nets["opt"])}
 
 
-def finish_row(row, args, log, bar, report):
-    """After an update: stop if something is not finite; a table, if there is something to `report`; then the log."""
-    if not math.isfinite(sum(row.values())):
-        raise diverged(row["step"], args)
-    if report:
-        row |= report()
-        tqdm.write(f"update {row['step']}: " + ", ".join(f"{k} {row[k]:.3f}" for k in row if "@" in k))
-    log.write(json.dumps(row | {"time": time.time()}) + "\n")
-    log.flush()
-    bar.set_postfix({k: f"{row[k]:.3f}" for k in ("disc_acc", "r_ref", "r_student", "kl") if k in row})
-
-
 def ablate(path, argv, device, num=1000):
     """Run CUMULATIVE and ONE_CHANGE with three seeds each, {label: {seed: row}} into the file `path`, and print the table.
 
     Runs that the file has are not made again, so after Ctrl-C the same command goes on. The other flags in argv hold for every run.
     """
-    try:
-        with open(path) as f:
-            results = json.load(f)
-    except FileNotFoundError:
-        results = {}
-    except ValueError:
-        raise ValueError(f"--ablate {path!r} is no results file of --ablate: name another") from None
+    results = read_results(path, "flags") if os.path.exists(path) else {}
     write_json(path, results)  # an unwritable path must not show after minutes of work
     so_far = list(itertools.accumulate(CUMULATIVE.values(), lambda a, b: f"{a} {b}"))
     runs = [*zip(CUMULATIVE, so_far), *ONE_CHANGE.items()]
@@ -339,51 +303,13 @@ def ablate(path, argv, device, num=1000):
         row = evaluate(model, num, data, device, (4, 8, 16, 32), disc)
         results.setdefault(label, {})[seed] = row | {"flags": ckpt["flags"]}
         write_json(path, results)
-    print_ablation({label: list(results[label].values()) for label in [*CUMULATIVE, *ONE_CHANGE] if label in results})
-    return stop
-
-
-def print_ablation(results):
-    """{label: [row of each seed]} as a Markdown table: mean and standard deviation over the seeds."""
-    shown = list(dict.fromkeys(k.split("@")[0] for rows in results.values() for k in rows[0] if "@" in k))
+    rows = {label: list(results[label].values()) for label in [*CUMULATIVE, *ONE_CHANGE] if label in results}
+    shown = list(dict.fromkeys(k.split("@")[0] for seeds in rows.values() for k in seeds[0] if "@" in k))
     columns = [f"{shown[0]}@{n}" for n in (4, 8, 16, 32)] + [f"{name}@8" for name in shown[1:]] if shown else []
     print("| | seeds | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 2))
-    for label, rows in results.items():
-        print(f"| {label} | {len(rows)} | " + " | ".join(spread([r[c] for r in rows], 1 if "length" in c else 3) for c in columns) + " |")
-
-
-def train(args, config, data, source, nets, update, ckpt, device, rank):
-    """The loop: update(step, share) until --steps or --minutes are over; the student's average is sampled, checkpoints are written."""
-    def save(step):
-        if rank == 0:
-            save_checkpoint(args.out, config, kind="student", step=step, seconds=now, share=share, rng=rng_state(device),
-                            flags=vars(args), tokenizer=data["kind"], data=source, **{name: net.state_dict() for name, net in nets.items()})
-        return now
-    first, before, share = (ckpt["step"], ckpt["seconds"], ckpt["share"]) if ckpt else (0, 0.0, 0.0)
-    total, interrupted, begin = None if args.minutes else args.disc_warmup + args.steps, catch_interrupt(), time.perf_counter()
-    now, saved, stop = before, before, False
-    with log_and_bar(args, args.objective, "update", first, total, rank) as (log, bar):
-        for step in bar:
-            if step >= total if total else now >= 60 * args.minutes:
-                break
-            done, last_share = step + 1 - args.disc_warmup, share  # updates of the student
-            share = max(done - 1, 0) / args.steps if total else min(now / (60 * args.minutes), 1.0)
-            nets["opt"].param_groups[0]["lr"] = args.lr * (1 - 0.9 * share)
-            try:
-                row = {"step": step + 1} | update(step, (last_share, share))
-            except FloatingPointError:
-                raise diverged(step + 1, args) from None
-            if done > 0:
-                update_ema(nets["ema"], nets["model"], args.ema)
-            row = over_processes(row | {"seconds": before + time.perf_counter() - begin, "stop": interrupted()}, device)
-            now, stop = row.pop("seconds"), row.pop("stop")
-            check = (step + 1 == total if total else now >= 60 * args.minutes) or (done > 0 and done % args.eval_every == 0)
-            finish_row(row, args, log, bar, (lambda: evaluate(nets["ema"], args.eval_samples, data, device)) if check and rank == 0 else None)
-            if check or stop or now - saved > 60 * args.save_minutes:
-                saved = save(step + 1)
-            if stop:
-                break
-    return end_of_training("distill.py", step + 1, args.out, stop, rank)
+    for label, seeds in rows.items():
+        print(f"| {label} | {len(seeds)} | " + " | ".join(spread([r[c] for r in seeds], 1 if "length" in c else 3) for c in columns) + " |")
+    return stop
 
 
 def main(argv=None):
@@ -396,18 +322,26 @@ def main(argv=None):
     share_out(args, world, "groups", *["disc_batch"] * (args.objective == "didi"))
     part = argparse.Namespace(**vars(args) | {"groups": args.groups // args.accumulate, "disc_batch": args.disc_batch // args.accumulate})
     torch.manual_seed(args.seed)
-    loaded, config = load_checkpoint(args.teacher.format(seed=args.seed), "teacher", device)
+    loaded, config = load_checkpoint(args.teacher.replace("{seed}", str(args.seed)), "teacher", device)
     teacher = build_denoiser(config, loaded["ema"], device, args.bf16).requires_grad_(False)
     data = load_once(loaded["data"], config.length, rank, device)
     reference = data["train"] if args.reference == "data" else teacher_samples(teacher)
     nets = networks(args, config, teacher, device, ckpt)
     student, disc = parallel(nets["model"], world), parallel(nets["disc"], world) if "disc" in nets else None
 
-    def update(step, share):
-        return (didi_update if args.objective == "didi" else sdtt_update)(step, share, nets, student, disc, teacher, reference, part)
+    def one_step(step, share):
+        nets["opt"].param_groups[0]["lr"] = args.lr * (1 - 0.9 * share)
+        row = (didi_update if args.objective == "didi" else sdtt_update)(step, share, nets, student, disc, teacher, reference, part)
+        if step >= args.disc_warmup:
+            update_ema(nets["ema"], nets["model"], args.ema)
+        return row
+
+    def table():
+        return evaluate(nets["ema"], args.eval_samples, data, device)
     if args.bench:
-        return bench(lambda: update(args.disc_warmup + 1, (0.0, 0.0)), args.groups * args.G * config.length, device, rank)
-    return train(args, config, data, loaded["data"], nets, update, ckpt, device, rank)
+        return bench(lambda: one_step(args.disc_warmup + 1, 0.0), args.groups * args.G * config.length, device, rank)
+    return train(args, nets, one_step, table, ckpt, device, rank, "update", args.groups * args.G * config.length, args.disc_warmup,
+                 kind="student", config=config, tokenizer=data["kind"], data=loaded["data"])
 
 
 if __name__ == "__main__":

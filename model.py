@@ -171,10 +171,13 @@ class Discriminator(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
+MAKER = {"teacher": "train_teacher.py", "causal": "train_teacher.py --causal", "student": "distill.py"}
+
+
 def save_checkpoint(path, config, **parts):
-    """Write one dict of tensors and plain containers, to a temporary file first: a kill never leaves half a checkpoint."""
+    """Write one dict of tensors and plain containers, by way of a temporary file: a kill never leaves half a checkpoint."""
     partial = f"{path}.partial"
-    torch.save({"format": "didi-1", "config": asdict(config), **parts}, partial)
+    torch.save({"config": asdict(config), **parts}, partial)
     os.replace(partial, path)
 
 
@@ -184,22 +187,15 @@ def load_checkpoint(path, kind, device="cpu"):
     Raises FileNotFoundError or ValueError with one line that says what to do.
     """
     if not os.path.isfile(path):
-        maker = {"teacher": "train_teacher.py", "causal": "train_teacher.py --causal", "student": "distill.py"}[kind]
-        raise FileNotFoundError(f"no checkpoint at {path}: make it with `python {maker}`")
+        raise FileNotFoundError(f"no checkpoint at {path}: make it with `python {MAKER[kind]}`")
     try:
         ckpt = torch.load(path, map_location=device, weights_only=True)
-    except Exception as e:  # a foreign file can fail in any way: OSError, EOFError, struct.error, UnpicklingError ..
-        raise ValueError(f"{path} is truncated, or no checkpoint at all ({type(e).__name__}): make it again") from None
-    if not isinstance(ckpt, dict) or ckpt.get("format") != "didi-1":
-        raise ValueError(f"{path} was not written by this project: train one with `python train_teacher.py`")
-    if ckpt.get("kind") != kind:
-        raise ValueError(f"{path} holds a {ckpt.get('kind')}, but a {kind} is needed here")
-    try:
-        for part in ("data", "tokenizer", "flags", "ema", "rng", "step", "seconds"):
-            ckpt[part]
-        return ckpt, Config(**ckpt["config"])
-    except (KeyError, TypeError):
-        raise ValueError(f"{path} was written by another version of this project: make it again") from None
+        found, config = ckpt["kind"], Config(**ckpt["config"])
+    except Exception as e:  # a foreign file can fail in any way: OSError, EOFError, struct.error, UnpicklingError, KeyError ..
+        raise ValueError(f"{path} is truncated, of another version, or no checkpoint of this project ({type(e).__name__}): make it again") from None
+    if found != kind:
+        raise ValueError(f"{path} holds a {found}, but a {kind} is needed here")
+    return ckpt, config
 
 
 def build_denoiser(config, state, device="cpu", bf16=False):
@@ -239,6 +235,17 @@ def write_json(path, content):
         raise ValueError(f"{path!r} cannot be written ({e.strerror}): name a file in an existing folder") from None
 
 
+def read_results(path, holds):
+    """A results file, {label: {seed: run}}, each run a dict that `holds` this key. ValueError if it is none."""
+    try:
+        with open(path) as f:
+            content = json.load(f)
+        assert all(holds in run for seeds in content.values() for run in seeds.values())
+        return content
+    except (OSError, ValueError, AttributeError, TypeError, AssertionError):
+        raise ValueError(f"{path!r} is no results file of this flag: name another") from None
+
+
 def spread(values, digits=3):
     """"mean +- standard deviation" of the values that are numbers, or "" if there are none."""
     values = [v for v in values if v is not None and v == v]
@@ -273,29 +280,21 @@ def pick_device(args):
     return torch.device(name)
 
 
-def reset_peak_memory(device):
-    """Measure `peak_memory` from now on."""
-    global memory_before
+def memory_meter(device):
+    """A function that tells the MiB used at most from now on, beyond what is in use now: on CUDA the GPU's, on Linux the process's, else NaN."""
+    def status(name):
+        with open("/proc/self/status") as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith(name))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        memory_before = torch.cuda.memory_allocated()
+        peak, before = torch.cuda.max_memory_allocated, torch.cuda.memory_allocated()
     elif sys.platform == "linux":
         with open("/proc/self/clear_refs", "w") as f:
             f.write("5")  # VmHWM := VmRSS (man 5 proc)
-        memory_before = resident_bytes("VmRSS")
-
-
-def resident_bytes(name):
-    """A field of /proc/self/status, bytes."""
-    with open("/proc/self/status") as f:
-        return next(int(line.split()[1]) * 1024 for line in f if line.startswith(name))
-
-
-def peak_memory(device):
-    """MiB used at most since `reset_peak_memory`, on top of what was in use then: on CUDA the GPU's, on Linux the process's, else NaN."""
-    if device.type == "cuda":
-        return (torch.cuda.max_memory_allocated() - memory_before) / 2 ** 20
-    return (resident_bytes("VmHWM") - memory_before) / 2 ** 20 if sys.platform == "linux" else math.nan
+        peak, before = lambda: status("VmHWM"), status("VmRSS")
+    else:
+        return lambda: math.nan
+    return lambda: (peak() - before) / 2 ** 20
 
 
 def join_processes(device):
@@ -306,9 +305,8 @@ def join_processes(device):
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                             timeout=datetime.timedelta(hours=12))  # the first process may have a corpus to prepare
+    hours = datetime.timedelta(hours=12)  # the first process may have a corpus to prepare
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=hours)
     return device, torch.distributed.get_rank(), world
 
 
@@ -345,7 +343,7 @@ def parallel(net, world):
     if world == 1:
         return net
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of a new name for this flag that torch 2.11 does not know
+        warnings.simplefilter("ignore", FutureWarning)  # of torch 2.13's new name for this flag, which 2.11 does not know
         return torch.nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
 
 
@@ -359,7 +357,7 @@ def bench(step, tokens, device, rank=0, times=20):
     for _ in range(3):
         step()
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    reset_peak_memory(device)
+    peak_memory = memory_meter(device)
     wait()
     begin = time.perf_counter()
     for _ in tqdm(range(times), desc="bench", leave=False, disable=rank > 0):
@@ -367,10 +365,11 @@ def bench(step, tokens, device, rank=0, times=20):
     wait()
     seconds = (time.perf_counter() - begin) / times
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    words = name.replace("-", " ").split()
-    speed, peak = counter.get_total_flops() / seconds, next((p for gpu, p in PEAK.items() if gpu in words), None)
-    rank or print(f"{name}: {1e3 * seconds:.1f} ms/step, {tokens / seconds:.0f} tokens/s, {speed / 1e12:.3g} TFLOP/s, "
-          f"{f'{speed / peak:.1%}' if peak else 'an unknown share'} of its peak, {peak_memory(device):.0f} MiB on top of the networks")
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    peak = next((world * p for gpu, p in PEAK.items() if gpu in name.replace("-", " ").split()), None)
+    speed = world * counter.get_total_flops() / seconds
+    rank or print(f"{world} x {name}: {1e3 * seconds:.1f} ms/step, {tokens / seconds:.0f} tokens/s, {speed / 1e12:.3g} TFLOP/s, "
+          f"{f'{speed / peak:.1%}' if peak else 'an unknown share'} of its peak, {peak_memory():.0f} MiB on top of the networks")
 
 
 def add_training_flags(group, eval_every, unit):
@@ -404,25 +403,16 @@ def share_out(args, world, *names):
             raise ValueError(f"--accumulate {args.accumulate} must divide --{name} {getattr(args, name)} and be a multiple of the {world} processes")
 
 
-@contextlib.contextmanager
-def log_and_bar(args, desc, unit, first, total, rank):
-    """(the log beside --out, a bar of the steps from `first` on), both silent in every process but the first."""
-    os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
-    with open(os.devnull if rank else os.path.splitext(args.out)[0] + ".jsonl", "a" if args.resume else "w") as log, \
-            tqdm(itertools.count(first), initial=first, total=total, desc=desc, unit=unit, mininterval=1, disable=rank > 0) as bar:
-        yield log, bar
-
-
-def rng_state(device):
-    """The random generators' states, for a checkpoint."""
-    return {"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state()} if device.type == "cuda" else {})}
-
-
-def set_rng_state(state, device):
-    """Go on drawing random numbers where a checkpoint stopped."""
-    torch.set_rng_state(state["cpu"].cpu())
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"].cpu())
+def restore(nets, ckpt, device):
+    """Go on where a checkpoint stopped: weights, optimisers, random numbers. ValueError if it is of another shape."""
+    try:
+        for name, net in nets.items():
+            net.load_state_dict(ckpt[name])
+    except (KeyError, RuntimeError, ValueError):
+        raise ValueError("the checkpoint was made with another --objective, --muon or shape of network: resume it as it was begun") from None
+    torch.set_rng_state(ckpt["rng"]["cpu"])
+    if device.type == "cuda" and "cuda" in ckpt["rng"]:
+        torch.cuda.set_rng_state(ckpt["rng"]["cuda"])
 
 
 def catch_interrupt():
@@ -436,11 +426,58 @@ def catch_interrupt():
     return lambda: bool(pressed)
 
 
-def end_of_training(script, step, path, interrupted, rank):
-    """Say how it ended; returns the exit code."""
+def finish_row(row, step, unit, args, log, bar, table):
+    """A row of the log: stop if something in it is not finite; print and add what `table` gives, if it is asked for."""
+    if not math.isfinite(sum(row.values())):
+        rates = " or ".join(f"--{name} (now {getattr(args, name)})" for name in ("lr", "disc_lr") if name in args)
+        raise FloatingPointError(f"a loss is not finite at {unit} {step}; the last good checkpoint is kept: lower {rates} "
+                                 "and start again, or --resume")
+    bar.set_postfix({k: f"{row[k]:.5g}" for k in ("loss", "disc_acc", "r_ref", "r_student", "kl", "tokens_per_s") if k in row})
+    shown = table() if table else {}
+    if shown:
+        tqdm.write(f"{unit} {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in shown.items()))
+    log.write(json.dumps({"step": step} | row | shown | {"time": time.time()}) + "\n")
+    log.flush()
+
+
+def train(args, nets, one_step, table, ckpt, device, rank, unit, tokens, warmup=0, every=1, **told):
+    """The loop of both scripts: row = one_step(step, share) until --steps, and `warmup` before them, or --minutes are over.
+
+    share: of the training that is done, 0 to 1. Every so many steps a row goes into the log; after each --eval_every with table(), and a
+    checkpoint of nets and `told` is written. tokens: in one step. Returns the exit code.
+    """
+    first, before = (ckpt["step"], ckpt["seconds"]) if ckpt else (0, 0.0)
+    total, interrupted, begin = None if args.minutes else warmup + args.steps, catch_interrupt(), time.perf_counter()
+    now, saved, stop = before, before, False
+    os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
+    with open(os.devnull if rank else os.path.splitext(args.out)[0] + ".jsonl", "a" if args.resume else "w") as log, \
+            tqdm(itertools.count(first), initial=first, total=total, desc=told["kind"], unit=unit, mininterval=1, disable=rank > 0) as bar:
+        for step in bar:
+            if step >= total if total else now >= 60 * args.minutes:
+                break
+            row = one_step(step, max(step - warmup, 0) / args.steps if total else min(now / (60 * args.minutes), 1.0))
+            done = step + 1 - warmup
+            check = step + 1 == total or (done > 0 and done % args.eval_every == 0)
+            look = check or (step + 1) % every == 0  # several processes agree now and then: each time they wait
+            if look or not torch.distributed.is_initialized():
+                now, stop = over_processes({"seconds": before + time.perf_counter() - begin, "stop": interrupted()}, device).values()
+            check = check or (not total and now >= 60 * args.minutes)
+            if look or check:
+                row = over_processes({k: float(v) for k, v in row.items()}, device)
+                row["tokens_per_s"] = (step + 1 - first) * tokens / (now - before)
+                finish_row(row, step + 1, unit, args, log, bar, table if check and rank == 0 else None)
+            if check or stop or now - saved > 60 * args.save_minutes:
+                saved = now
+                if rank == 0:
+                    rng = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if device.type == "cuda" else {})
+                    save_checkpoint(args.out, step=step + 1, seconds=now, rng=rng, flags=vars(args), **told,
+                                    **{name: net.state_dict() for name, net in nets.items()})
+            if stop:
+                break
     if rank == 0:
-        print(f"\ninterrupted: step {step} is saved in {path}; go on with `python {script} --resume --out {path}`" if interrupted else f"wrote {path}")
-    return 130 if interrupted else None
+        again = "the same command" if getattr(args, "ablate", None) is not None else f"`python {MAKER[told['kind']]} --resume --out {args.out}`"
+        print(f"\ninterrupted: step {step + 1} is saved in {args.out}; go on with {again}" if stop else f"wrote {args.out}")
+    return 130 if stop else None
 
 
 def parse_resumable(parser, kind, argv=None):

@@ -14,7 +14,6 @@ token. Left out on purpose: top-k and top-p (they too lower the entropy; one suc
 """
 import argparse
 import itertools
-import json
 import math
 import os
 import platform
@@ -30,8 +29,8 @@ import torch
 from tqdm import tqdm
 
 import didi
-from model import (add_machine_flags, build_denoiser, build_discriminator, load_checkpoint, peak_memory, pick_device,
-                   reset_peak_memory, run_script, spread, write_json)
+from model import (add_machine_flags, build_denoiser, build_discriminator, load_checkpoint, memory_meter, pick_device, read_results,
+                   run_script, spread, write_json)
 from train_teacher import (AMINO_ACIDS, autoregress, causal_nll, decode, end_token, held_out, load_data, make_tokenizer, quality,
                            until_end)
 
@@ -54,7 +53,7 @@ def parse_flags(argv=None):
     g.add_argument("--num", type=int, default=16, help="samples to print, one a line")
     g.add_argument("--temperature", type=float, default=1.0, help="divides the logits; 1 = the model's own distribution")
     g.add_argument("--batch", type=int, default=256, help="B, sequences per forward: as memory allows")
-    g.add_argument("--out", metavar="FILE", help="write the samples there: as FASTA if it ends in .fasta or .fa, else one a line")
+    g.add_argument("--out", metavar="FILE", help="write the samples there, too; as FASTA if it ends in .fasta or .fa")
     g = p.add_argument_group("reward-guided ancestral sampler (RGAS), for the student")
     g.add_argument("--sampler", choices=("ancestral", "rgas"), default="ancestral", help="rgas asks the discriminator too")
     g.add_argument("--guidance", type=float, default=1.0, help="h, weight of the reward's gradient; 1 = first-order p * exp(r)")
@@ -79,7 +78,7 @@ def parse_flags(argv=None):
     g.add_argument("--label", default="default", help="with --json: what to call this run")
     g.add_argument("--bench", action="store_true", help="speed and memory of each model, one sequence at a time and --batch at a time")
     g.add_argument("--table", metavar="FILE", help="print mean +- standard deviation over the seeds in FILE, as Markdown, and stop")
-    g.add_argument("--plot", metavar="PNG", help="with --table: draw quality against entropy (needs matplotlib)")
+    g.add_argument("--plot", metavar="PNG", help="with --table: draw quality against entropy, of the labels default and sdtt (needs matplotlib)")
     g.add_argument("--animate", metavar="GIF", help="three models writing side by side, in their real times (needs matplotlib)")
     args = p.parse_args(argv)
     check_flags(args, {name for name, value in vars(args).items() if value != p.get_default(name)})
@@ -108,20 +107,9 @@ def check_flags(args, given):
         if wrong and names & given:
             raise ValueError(f"--{min(names & given)}: {advice}")
     if args.json is not None:  # an unwritable path must not show after minutes of work
-        write_json(args.json, read_json(args.json) if os.path.exists(args.json) else {})
+        write_json(args.json, read_results(args.json, "rows") if os.path.exists(args.json) else {})
     if args.out is not None and not os.path.isdir(os.path.dirname(os.path.abspath(args.out))):
         raise ValueError(f"--out {args.out!r}: there is no such folder")
-
-
-def read_json(path):
-    """A results file: {label: {seed: run}}. ValueError if it is none."""
-    try:
-        with open(path) as f:
-            content = json.load(f)
-        assert all("rows" in run for seeds in content.values() for run in seeds.values())
-        return content
-    except (OSError, ValueError, AttributeError, TypeError, AssertionError):
-        raise ValueError(f"{path!r} is no results file of --eval --json: name another") from None
 
 
 def load_net(kind, args, device):
@@ -201,31 +189,26 @@ def printable(text):
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
+def as_text(ids, mask_id, tokenizer, block):
+    """The tokens of one sequence up to its end as text, each mask a block."""
+    ids = itertools.takewhile(lambda i: i != end_token(tokenizer), ids)
+    return "".join(block if i == mask_id else printable(tokenizer.decode([i])) for i in ids)
+
+
 def watcher(args, mask_id, tokenizer):
     """on_step(z) that redraws the sequences in place on a terminal, or else prints the first one, a line per step."""
     live, frames, (columns, rows) = sys.stdout.isatty(), itertools.count(), shutil.get_terminal_size()
     block, room = ("\x1b[2m█\x1b[0m", columns - 1) if live else ("░", None)  # a wrapped line would spoil the redrawing
 
-    def show(ids):
-        ids = itertools.islice(itertools.takewhile(lambda i: i != end_token(tokenizer), ids), room)
-        return "".join(block if i == mask_id else printable(tokenizer.decode([i])) for i in ids)
-
     def on_step(z):
-        lines = [f"step {next(frames) % args.steps + 1}/{args.steps}", *map(show, z[:max(rows - 2, 1) if live else 1].tolist())]
+        lines = [f"step {next(frames) % args.steps + 1}/{args.steps}",
+                 *(as_text(ids[:room], mask_id, tokenizer, block) for ids in z[:max(rows - 2, 1) if live else 1].tolist())]
         if live:
             print("\x1b[J" + "\n".join(lines) + f"\n\x1b[{len(lines)}A", end="", flush=True)  # back up: the next frame overwrites
             time.sleep(args.delay)
         else:
             print(": ".join(lines), flush=True)
     return on_step
-
-
-def save_texts(path, texts, how):
-    """Write texts to a file by way of a temporary one: FASTA with `how` in the headers, or one text a line."""
-    fasta = path.endswith((".fasta", ".fa"))
-    with open(f"{path}.partial", "w") as f:
-        f.writelines(f">didi_{i + 1} {how}\n{text}\n" if fasta else f"{text}\n" for i, text in enumerate(texts))
-    os.replace(f"{path}.partial", path)
 
 
 def print_samples(args, device):
@@ -250,7 +233,11 @@ def print_samples(args, device):
         texts = list(map(printable, texts))
     print("\n".join(texts))
     if args.out is not None:
-        save_texts(args.out, texts, f"model={args.model} steps={args.steps} sampler={args.sampler} temperature={args.temperature:g} seed={args.seed}")
+        head = f"model={args.model} steps={args.steps} sampler={args.sampler} temperature={args.temperature:g} seed={args.seed}"
+        fasta = args.out.endswith((".fasta", ".fa"))
+        with open(f"{args.out}.partial", "w") as f:
+            f.writelines(f">didi_{i + 1} {head}\n{text}\n" if fasta else f"{text}\n" for i, text in enumerate(texts))
+        os.replace(f"{args.out}.partial", args.out)
 
 
 # -------------------------------------------------------------------------------------------------------------- evaluation
@@ -259,38 +246,33 @@ def make_judge(args, nets, tokenizer, device):
 
     The judge is the causal model or, with --judge, a GPT-2 of the package transformers, which reads the decoded texts.
     """
-    vocabulary = 50257 if args.judge else tokenizer.n_vocab
     if args.judge is None:
         if "autoregressive" not in nets:
             return None
         net = nets["autoregressive"]
-
-        def nll(x):
-            x = x.to(net["device"])
-            return causal_nll(net["denoiser"], x, net["config"].mask_id), until_end(x, net["eos"])
+        model, first, eos, vocabulary = net["denoiser"], net["config"].mask_id, net["eos"], tokenizer.n_vocab
     else:
         try:
             from transformers import GPT2LMHeadModel
-            gpt2, model = tiktoken.get_encoding("gpt2"), GPT2LMHeadModel.from_pretrained(args.judge).to(device)
+            gpt2, lm = tiktoken.get_encoding("gpt2"), GPT2LMHeadModel.from_pretrained(args.judge).to(device)
         except ImportError:
             raise ValueError("--judge needs the package transformers, which is optional: pip install transformers") from None
         except Exception as e:  # no such folder, no network, a damaged file: each library raises its own
             raise ValueError(f"--judge {args.judge!r} cannot be loaded ({type(e).__name__}): name a folder with a GPT-2 in it") from None
-        end = gpt2.eot_token
-
-        def nll(x):  # (B, at most GPT-2's 1024 tokens)
-            eos = end_token(tokenizer)
-            if tokenizer.name != "gpt2":
-                texts, eos = decode(x, tokenizer), end
-                x = torch.nn.utils.rnn.pad_sequence([torch.tensor([*gpt2.encode_ordinary(text), end]) for text in texts],
-                                                    batch_first=True, padding_value=end)
-            x = x.to(device)
-            return causal_nll(lambda z: model(z).logits, x, end), until_end(x, eos)
+        first, vocabulary = gpt2.eot_token, 50257
+        model, eos = lambda z: lm(z).logits, -1 if tokenizer.name == "gpt2" else first
 
     @torch.no_grad()
     def perplexity(x):
-        parts = [nll(part) for part in x.split(max(1, min(args.batch, 2 ** 28 // (x.shape[1] * vocabulary))))]  # at most 1 GB of logits
-        return math.exp(sum((n * m).sum().item() for n, m in parts) / sum(m.sum().item() for _, m in parts))
+        total, count = 0.0, 0
+        for part in x.split(max(1, min(args.batch, 2 ** 28 // (x.shape[1] * vocabulary)))):  # at most 1 GB of logits
+            if args.judge and tokenizer.name != "gpt2":
+                texts = [torch.tensor([*gpt2.encode_ordinary(text), first]) for text in decode(part, tokenizer)]
+                part = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=first)
+            part = part.to(device)
+            counts = until_end(part, eos)
+            total, count = total + (causal_nll(model, part, first) * counts).sum().item(), count + counts.sum().item()
+        return math.exp(total / count)
     return perplexity
 
 
@@ -347,8 +329,6 @@ def load_all(args, device, kinds):
 
 def evaluate(args, device):
     """Measure and print the table row by row, then the comparison at equal entropy; with --json write it all to a file."""
-    if args.rows != "teacher" and not os.path.isfile(args.student):
-        raise ValueError(f"no student at {args.student}: make it with `python distill.py`, or add --rows teacher")
     nets, rows = load_all(args, device, ("teacher", "student") if args.rows == "all" else (args.rows,)), []
     config = nets[next(iter(nets))]["config"]
     data = load_data(nets[next(iter(nets))]["data"], config.length)
@@ -399,14 +379,14 @@ def save_run(args, run, device, seed):
     if args.json is not None:
         hardware = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type, "cpu": platform.machine(),
                     "cpu_count": os.cpu_count(), "threads": torch.get_num_threads(), "bf16": args.bf16, "torch": torch.__version__}
-        results = read_json(args.json)
+        results = read_results(args.json, "rows")
         results.setdefault(args.label, {})[str(seed)] = run | {"hardware": hardware, "flags": vars(args)}
         write_json(args.json, results)
 
 
 def print_table(path):
     """Mean +- standard deviation over seeds of the rows of a results file; then, where a sweep was made, at held-out entropy."""
-    results = read_json(path)
+    results = read_results(path, "rows")
     shown = {"nfe": 1, "disc_calls": 1, "valid": 3, "judge_ppl": 2, "distinct": 3, "novel": 3, "length": 1, "entropy": 3,
              "ks": 3, "js1": 4, "js2": 4, "low": 3}
     shown = {k: digits for k, digits in shown.items()
@@ -452,11 +432,11 @@ def bench(args, device):
         sampler = "autoregressive" if steps is None else "rgas" if "guided" in name else "ancestral"
         how = argparse.Namespace(**vars(args) | {"steps": steps, "sampler": sampler, "batch": batch, "temperature": 1.0})
         z = torch.full((max(batch, 20), net["config"].length), net["config"].mask_id)
-        reset_peak_memory(device)
+        peak_memory = memory_meter(device)
         x, cost = write(net, z, how, name=name)
         rows.append({"row": name, "steps": steps, "batch": batch, "nfe": cost["nfe"], "disc_calls": cost["disc_calls"],
                      "tokens_per_s": cost["seq_per_s"] * until_end(x, net["eos"]).float().sum(1).mean().item(),
-                     "latency": batch / cost["seq_per_s"], "peak_mib": peak_memory(device)})
+                     "latency": batch / cost["seq_per_s"], "peak_mib": peak_memory()})
         print("".join(f"{v if isinstance(v, str) else '-' if v is None else format(v, '.4g'):>16}" for v in rows[-1].values()), flush=True)
     save_run(args, {"rows": rows}, device, nets["student"]["flags"]["seed"])
 
@@ -476,6 +456,8 @@ def pyplot():
 def plot(swept, path):
     """Validity and judge perplexity against entropy, each line one model and number of steps at several temperatures; mean of seeds."""
     _, plt = pyplot()
+    if not swept:
+        raise ValueError("--plot: no run in that file was made with --sweep")
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     lines = [("default", "teacher", n, "C0", style) for n, style in ((8, ":"), (32, "--"), (256, "-"))]
     lines += [("default", "student", 4, "C3", ":"), ("default", "student", 8, "C3", "-"), ("sdtt", "student", 8, "C1", "-"),
@@ -503,7 +485,7 @@ def animate(args, device, lines=10, seconds=12, fps=10):
     """A GIF of three models writing the same number of lines, each batch in its real time, all slowed down by one factor."""
     matplotlib, plt = pyplot()
     nets, panels = load_all(args, device, ("teacher", "student")), []
-    tokenizer = nets["teacher"]["tokenizer"]
+    tokenizer, mask_id = nets["teacher"]["tokenizer"], nets["teacher"]["config"].mask_id
     for name, steps, sampler in (("autoregressive", None, "autoregressive"), ("teacher", 256, "ancestral"), ("student", 8, "ancestral")):
         if name not in nets:
             raise ValueError(f"no checkpoint at {args.causal}: make it with `python train_teacher.py --causal`")
@@ -516,10 +498,6 @@ def animate(args, device, lines=10, seconds=12, fps=10):
     slow = seconds / max(frames[-1][0] for _, _, frames in panels)
     figure, axes = plt.subplots(1, 3, figsize=(12, 2.6), layout="constrained")
 
-    def text(ids, mask_id):
-        return "".join("\u00b7" if i == mask_id else printable(tokenizer.decode([i]))
-                       for i in itertools.takewhile(lambda i: i != end_token(tokenizer), ids))
-
     def draw(k):
         for ax, (title, nfe, frames) in zip(axes, panels):
             now = min(k / fps / slow, frames[-1][0])
@@ -528,7 +506,7 @@ def animate(args, device, lines=10, seconds=12, fps=10):
             ax.set_axis_off()
             ax.set_title(f"{title}: {1e3 * now:.0f} ms" + (f", {nfe:.0f} network calls" if now == frames[-1][0] else ""), fontsize=9)
             for i, ids in enumerate(seen[-1] if seen else ()):
-                ax.text(0, 1 - (i + 1) / lines, text(ids, nets["teacher"]["config"].mask_id), family="monospace", fontsize=6, parse_math=False)
+                ax.text(0, 1 - (i + 1) / lines, as_text(ids, mask_id, tokenizer, "\u00b7"), family="monospace", fontsize=6, parse_math=False)
         figure.suptitle(f"{lines} lines at once, slowed down {slow:.0f} times", fontsize=9)
     matplotlib.animation.FuncAnimation(figure, draw, frames=(seconds + 2) * fps).save(args.animate, writer="pillow", fps=fps, dpi=80)
     print(f"wrote {args.animate}")

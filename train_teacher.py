@@ -1,6 +1,6 @@
 """train_teacher.py - the data, and the teacher: a masked-diffusion language model (MDLM, arXiv 2406.07524).
 
-    python train_teacher.py                 # 4-6 minutes on two CPU cores, downloads nothing
+    python train_teacher.py                 # 1.5 to 3 minutes on two CPU cores, downloads nothing
     python train_teacher.py --resume        # go on after Ctrl-C or a crash
     torchrun --standalone --nproc_per_node=8 train_teacher.py --size small --data openwebtext     # several GPUs
     python train_teacher.py --causal        # the autoregressive baseline: same network, data, tokens and budget
@@ -16,6 +16,7 @@ with an end-of-sequence token, so the model also learns to stop.
 Left out on purpose: dropout and weight decay (runs this short underfit), time conditioning (see model.py).
 """
 import argparse
+import array
 import ast
 import collections
 import contextlib
@@ -33,7 +34,6 @@ import re
 import sys
 import sysconfig
 import tarfile
-import time
 import urllib.request
 import warnings
 import zlib
@@ -45,9 +45,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import didi
-from model import (Config, Denoiser, add_training_flags, average, bench, catch_interrupt, check_training_flags, end_of_training,
-                   join_processes, log_and_bar, over_processes, parallel, parse_resumable, parts, pick_device, rng_state, run_script,
-                   save_checkpoint, set_rng_state, share_out, update_ema, write_json)
+from model import (Config, Denoiser, add_training_flags, average, bench, check_training_flags, join_processes, parallel, parse_resumable, parts,
+                   pick_device, restore, run_script, share_out, train, update_ema, write_json)
 
 
 # -------------------------------------------------------------------------------------------------- data and tokenizer
@@ -109,9 +108,7 @@ def encode(texts, tokenizer, length):
 
 def decode(x, tokenizer):
     """Token ids (B, L) -> B texts, each up to its first end-of-sequence; of "gpt2", whose documents are packed, all of it."""
-    if tokenizer.name == "gpt2":
-        return tokenizer.decode_batch(x.tolist())
-    eos = tokenizer.eot_token
+    eos = end_token(tokenizer)
     return [tokenizer.decode(row[:row.index(eos)] if eos in row else row) for row in x.tolist()]
 
 
@@ -243,14 +240,15 @@ def documents(names):
         opener = {".gz": gzip.open, ".xz": lzma.open}.get(os.path.splitext(name)[1], open)
         try:
             with opener(name, "rt", encoding="utf-8") as f:
-                lines, size = [], 0
+                text, end = "", True
                 for line in iter(lambda: f.readline(1 << 16), ""):
                     end = line.strip() == "<|endoftext|>"
-                    lines, size = lines + [line] * (not end), size + len(line)
-                    if end or size > 1 << 16:
-                        yield "".join(lines), end
-                        lines, size = [], 0
-                yield "".join(lines), True
+                    text += line * (not end)
+                    if end or len(text) > 1 << 16:
+                        yield text, end
+                        text = ""
+                if not end:
+                    yield text, True
         except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error) as e:
             raise ValueError(f"--data: {name} cannot be read as UTF-8 text ({e})") from None
 
@@ -270,7 +268,8 @@ def download(url, path):
         if bar.n != bar.total:
             raise OSError(f"{bar.n} of {bar.total} bytes came")
     except (OSError, http.client.HTTPException) as e:
-        raise ValueError(f"{url} cannot be fetched ({e}): run again to go on, or put the file at {path}") from None
+        if getattr(e, "code", None) != 416 or e.headers["Content-Range"] != f"bytes */{done}":  # else nothing was left to fetch
+            raise ValueError(f"{url} cannot be fetched ({e}): run again to go on, or put the file at {path}") from None
     os.replace(f"{path}.partial", path)
 
 
@@ -292,7 +291,7 @@ def openwebtext(folder, shards):
             raise ValueError(f"{path} is damaged ({e}): delete it and run again") from None
 
 
-def prepare(source, tokenizer, shard_size=10 ** 8, batch=1 << 22):
+def prepare(source, tokenizer, shard_size=10 ** 8, batch=128):
     """Tokenize the documents of `source` into shards under its cache folder, unless they are there; returns that folder.
 
     One piece of text in 200 validates. Holds one shard in memory. What the shards were made from is written last, so that a
@@ -310,44 +309,32 @@ def prepare(source, tokenizer, shard_size=10 ** 8, batch=1 << 22):
         return folder
     for old in glob.glob(os.path.join(glob.escape(folder), "*.bin")) + [note] * os.path.exists(note):
         os.remove(old)
-    parts, sizes, made = {"train": [], "val": []}, {"train": 0, "val": 0}, {"train": 0, "val": 0}
+    tokens, made = {"train": array.array("H"), "val": array.array("H")}, {"train": 0, "val": 0}
 
     def flush(split):
-        write_shard(os.path.join(folder, f"{split}_{made[split]:06d}.bin"), np.concatenate(parts[split]))
-        made[split], parts[split], sizes[split] = made[split] + 1, [], 0
+        write_shard(os.path.join(folder, f"{split}_{made[split]:06d}.bin"), np.array(tokens[split]))
+        made[split], tokens[split] = made[split] + 1, array.array("H")
     pieces = enumerate(openwebtext(folder, source["shards"]) if owt else documents(files))
     with tqdm(desc=f"tokenizing {source['path']}", unit="token", unit_scale=True) as bar:
-        while group := list(take(pieces, batch)):
+        while group := list(itertools.islice(pieces, batch)):
             for (i, (_, whole)), ids in zip(group, tokenizer.encode_ordinary_batch([text for _, (text, _) in group], num_threads=os.cpu_count())):
                 split = "val" if i % 200 == 0 else "train"
-                parts[split].append(np.array(ids + [tokenizer.eot_token] * whole, "<u2"))
-                sizes[split] += len(parts[split][-1])
-                bar.update(len(parts[split][-1]))
-                if sizes[split] >= shard_size:
+                tokens[split].extend(ids + [tokenizer.eot_token] * whole)
+                bar.update(len(ids) + whole)
+                if len(tokens[split]) >= shard_size:
                     flush(split)
-    for split in parts:
-        if parts[split]:
+    for split in tokens:
+        if tokens[split]:
             flush(split)
     write_json(note, origin)
     return folder
-
-
-def take(pieces, size):
-    """The next pieces of text with altogether at least `size` characters."""
-    for i, (text, whole) in pieces:
-        size -= len(text)
-        yield i, (text, whole)
-        if size <= 0:
-            return
 
 
 def load_shards(source, tokenizer, length):
     """{"train": [arrays], "val": [arrays]} of token shards, ready-made ones (names with val validate) or those of `prepare`."""
     ready = glob.glob(os.path.join(glob.escape(source["path"]), "*.bin"))
     names = sorted(ready or glob.glob(os.path.join(glob.escape(prepare(source, tokenizer)), "*.bin")))
-    split = {"train": [], "val": []}
-    for name in names:
-        split["val" if "val" in os.path.basename(name) else "train"].append(read_shard(name))
+    split = {part: [read_shard(n) for n in names if ("val" in os.path.basename(n)) == (part == "val")] for part in ("train", "val")}
     for part, shards in split.items():
         if not any(len(shard) >= length for shard in shards):
             raise ValueError(f"--data {source['path']!r} has {sum(map(len, shards))} tokens for {part}, fewer than a sequence of {length}: "
@@ -496,21 +483,10 @@ def parse_flags(argv=None):
     for name, value in (size | {"length": length}).items():
         if getattr(args, name, 0) is None:
             setattr(args, name, value)
-    check_flags(args)
-    return args, device, kind, source, ckpt
-
-
-def check_flags(args):
-    """ValueError with one line for what argparse can't see."""
     check_training_flags(args)
-    if min(args.batch, args.length, args.n_layer, args.n_head, args.n_embd) < 1:
-        raise ValueError("--batch, --length, --n_layer, --n_head and --n_embd must all be at least 1")
-
-
-def learning_rate(step, share, args):
-    """Linear warm-up, then cosine decay to a tenth of the peak; share: of the whole training that is done, 0 to 1."""
-    ramp = min((step + 1) / args.warmup, 1) if args.warmup else 1
-    return args.lr * ramp * (0.55 + 0.45 * math.cos(math.pi * min(share, 1)))
+    if min(args.batch, args.length, args.n_layer, args.n_head, args.n_embd, args.warmup + 1) < 1:
+        raise ValueError("--batch, --length, --n_layer, --n_head and --n_embd must all be at least 1, --warmup at least 0")
+    return args, device, kind, source, ckpt
 
 
 @torch.no_grad()
@@ -518,7 +494,7 @@ def validate(model, data, args, device):
     """NELBO (of a causal model the likelihood itself) and perplexity on the validation split, and a metric of samples; always with
     the same random numbers."""
     mask_id = model.config.mask_id
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(1234)
         x = (data["val"][:1024] if data["kind"] != "gpt2" else held_out(data["val"], 64, args.length)).to(device)
         nelbo = sum(losses(model, model.config, part)[0].item() * len(part) for part in x.split(args.batch // args.accumulate)) / len(x)
@@ -540,8 +516,9 @@ def losses(net, config, x, size=None):
 def train_step(nets, net, loss_of, train, step, share, args):
     """One optimiser step of loss_of(net, ..); share: of the whole training that is done. Returns what to log, as tensors."""
     model, optimizers, rows = nets["model"], [nets[name] for name in ("optimizer", "muon") if name in nets], []
+    warm = min((step + 1) / max(args.warmup, 1), 1)  # linear warm-up, then cosine decay to a tenth of the peak
     for group in [group for o in optimizers for group in o.param_groups]:
-        group["lr"] = learning_rate(step, share, args)
+        group["lr"] = args.lr * warm * (0.55 + 0.45 * math.cos(math.pi * share))
     for _, n in parts(net, args, step):
         x = draw_rows(train, args.batch // args.accumulate, args.length, model.position.device)  # (B, L)
         bound, loss = loss_of(net, model.config, x, didi.most_masks(*x.shape) if args.compile else None)
@@ -567,11 +544,7 @@ def networks(args, config, device, ckpt):
     if args.muon:  # its steps are scaled to be as long as AdamW's: one learning rate serves both
         nets["muon"] = torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     if ckpt:
-        if ("muon" in ckpt) != args.muon:
-            raise ValueError(f"{args.out} was {'made' if 'muon' in ckpt else 'not made'} with --muon: resume it as it was begun")
-        for name, net in nets.items():
-            net.load_state_dict(ckpt[name])
-        set_rng_state(ckpt["rng"], device)
+        restore(nets, ckpt, device)
     return nets
 
 
@@ -589,56 +562,6 @@ def load_once(source, length, rank, device):
     return data if data["kind"] == "gpt2" else data | {"train": data["train"].to(device)}
 
 
-def describe(data, args, nets, device):
-    """Print the size of data and network."""
-    size = [f"{sum(map(len, d)) / 1e6:.1f} M tokens" if data["kind"] == "gpt2" else f"{len(d)} texts" for d in (data["train"], data["val"])]
-    print(f"{size[0]} to train, {size[1]} to validate, L = {args.length}; {sum(p.numel() for p in nets['model'].parameters()) / 1e6:.2f} M "
-          f"parameters on {device}, {'bfloat16' if args.bf16 else 'float32'}")
-
-
-def log_row(row, step, speed, args, nets, data, device, bar, check, rank):
-    """What a step returned, as numbers: stop if they are not finite; after every --eval_every steps (check) with a validation."""
-    row = {"step": step + 1} | over_processes({k: v.item() for k, v in row.items()}, device) | {"tokens_per_s": speed}
-    if not math.isfinite(row["loss"] + row["grad_norm"]):
-        raise FloatingPointError(f"the loss is not finite at step {step + 1}; the last good checkpoint is kept: "
-                                 f"lower --lr (now {args.lr}) and start again, or --resume")
-    bar.set_postfix(loss=f"{row['loss']:.3f}", tok_s=f"{speed:.0f}")
-    if check and rank == 0:
-        row.update(validate(nets["ema"], data, args, device))
-        tqdm.write(f"step {step + 1}: " + ", ".join(f"{k} {row[k]:.3f}" for k in row if k.startswith("val")))
-    return row
-
-
-def train(args, config, data, source, kind, nets, one_step, ckpt, device, rank, world):
-    """The loop: one_step(step, share) until --steps or --minutes are over, with validations and checkpoints."""
-    def save(step):
-        if rank == 0:
-            save_checkpoint(args.out, config, kind=kind, step=step, seconds=now, rng=rng_state(device), flags=vars(args),
-                            tokenizer=data["kind"], data=source, **{name: net.state_dict() for name, net in nets.items()})
-        return now
-    first, before = (ckpt["step"], ckpt["seconds"]) if ckpt else (0, 0.0)
-    total, interrupted, begin = None if args.minutes else args.steps, catch_interrupt(), time.perf_counter()
-    now, saved, stop = before, before, False
-    with log_and_bar(args, kind, "step", first, total, rank) as (log, bar):
-        for step in bar:
-            if step >= total if total else now >= 60 * args.minutes:
-                break
-            row = one_step(step, step / args.steps if total else now / (60 * args.minutes))
-            check = (step + 1) % args.eval_every == 0 or step + 1 == total
-            if world == 1 or step % 10 == 9 or check:  # several processes agree now and then: each time they wait
-                now, stop = over_processes({"seconds": before + time.perf_counter() - begin, "stop": interrupted()}, device).values()
-            check = check or (not total and now >= 60 * args.minutes)
-            if step % 10 == 9 or check:
-                speed = (step + 1 - first) * args.batch * args.length / (now - before)
-                log.write(json.dumps(log_row(row, step, speed, args, nets, data, device, bar, check, rank)) + "\n")
-                log.flush()
-            if check or stop or now - saved > 60 * args.save_minutes:
-                saved = save(step + 1)
-            if stop:
-                break
-    return end_of_training("train_teacher.py" + " --causal" * args.causal, step + 1, args.out, stop, rank)
-
-
 def main(argv=None):
     args, device, kind, source, ckpt = parse_flags(argv)
     device, rank, world = join_processes(device)
@@ -651,13 +574,19 @@ def main(argv=None):
     # one graph of network, head and loss, in which every shape is fixed
     loss_of = torch.compile(losses, fullgraph=world == 1, dynamic=False) if args.compile else losses
     if rank == 0:
-        describe(data, args, nets, device)
+        size = [f"{sum(map(len, d)) / 1e6:.1f} M tokens" if data["kind"] == "gpt2" else f"{len(d)} texts" for d in (data["train"], data["val"])]
+        print(f"{size[0]} to train, {size[1]} to validate, L = {args.length}; {sum(p.numel() for p in nets['model'].parameters()) / 1e6:.2f} M "
+              f"parameters on {device}, {'bfloat16' if args.bf16 else 'float32'}")
 
     def one_step(step, share):
         return train_step(nets, net, loss_of, data["train"], step, share, args)
     if args.bench:
         return bench(lambda: one_step(0, 0.0), args.batch * args.length, device, rank)
-    return train(args, config, data, source, kind, nets, one_step, ckpt, device, rank, world)
+
+    def table():
+        return validate(nets["ema"], data, args, device)
+    return train(args, nets, one_step, table, ckpt, device, rank, "step", args.batch * args.length, every=10,
+                 kind=kind, config=config, tokenizer=data["kind"], data=source)
 
 
 if __name__ == "__main__":
