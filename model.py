@@ -352,12 +352,14 @@ PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12, "4090": 16
 
 def bench(step, tokens, device, rank=0, times=20):
     """Print milliseconds, tokens/s, FLOP/s (matrix products; attention on CUDA only), share of the GPU's peak, and memory of step()."""
+    peak_memory = memory_meter(device)
     with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         step()
     for _ in range(3):
         step()
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    peak_memory = memory_meter(device)
+    if device.type == "cuda":  # without the uncompiled step above; on a CPU what it freed counts as the process's, so that counts
+        peak_memory = memory_meter(device)
     wait()
     begin = time.perf_counter()
     for _ in tqdm(range(times), desc="bench", leave=False, disable=rank > 0):
