@@ -190,11 +190,14 @@ def networks(args, config, teacher, device, ckpt):
 
 
 def states(student, teacher, reference, args, moving, graph):
-    """Parts 1 and 2 of an update: the rollout's `steps`, with their `graph` or without; its samples and the reference, noised; the level of
-    that noise and its density. All of it can be had again from the same random numbers."""
+    """1 and 2 of an update: (steps of didi.rollout, or None without a `graph`; its samples, noised (groups*G, L); disc_batch of these; as many
+    reference texts with the same masks (disc_batch, L); the noise's level, and its density (groups*G,)).
+
+    Until the student is `moving`, of as many groups as the discriminator needs. The same random numbers give the same states.
+    """
     L, mask_id, device = teacher.config.length, teacher.config.mask_id, teacher.position.device
-    # 1. rollout with intermediate-state matching: z_t -> z_tau -> x, and the log-probabilities of both steps. z_t: texts noised at t, or all masks;
-    # with --share state one for each group, which is completed G times, else `own` = G of them
+    # 1. rollout with intermediate-state matching: z_t -> z_tau -> x, and the log-probabilities of both steps. z_t is text noised at t, or all
+    # masks: with --share state one for each group, completed G times, else `own` = G of them
     groups = args.groups if moving else -(-args.disc_batch // args.G)
     own, copies = (1, args.G) if args.share == "state" else (args.G, 1)
     t = torch.ones(groups, device=device)
@@ -225,7 +228,7 @@ def didi_update(step, share, nets, student, disc, teacher, reference, args):
     for k, n in parts(disc, args, step):
         batch = steps, z_fake, z_pick, z_ref, level, pi = states(student, teacher, reference, args, moving, graph=moving and n == 1)
         # 3. discriminator step: label 1 on the reference
-        disc.train(k == 0)  # its spectral norms iterate once, however many parts
+        disc.train(k == 0)  # its spectral norms iterate once in either loop, however many parts
         logits_ref, logits_fake = disc(torch.cat((z_ref, z_pick))).chunk(2)
         disc_loss = didi.discriminator_loss(logits_ref, z_ref, logits_fake, z_pick, mask_id, args.positions, args.smoothing)
         (disc_loss / n).backward()
