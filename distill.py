@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 import didi
 from model import (Discriminator, add_training_flags, average, bench, build_denoiser, build_discriminator, check_training_flags,
-                   join_processes, load_checkpoint, parallel, parse_resumable, parts, pick_device, read_results, restore, run_script,
-                   share_out, spread, train, update_ema, write_json)
+                   join_processes, load_checkpoint, parallel, parse_resumable, parts, pick_device, place, read_results, restore,
+                   run_script, share_out, spread, train, update_ema, write_json)
 from train_teacher import draw_rows, load_data, load_once, quality
 
 # What the paper does, at our size: all-mask starts, groups of 4 that share levels, coupled time, 1/t weights, both regularisers.
@@ -124,7 +124,7 @@ def teacher_samples(teacher, num=2048, steps=64, batch=256):
     """(num, L) samples of the teacher: the reference of the paper, where it would be the data otherwise."""
     z = torch.full((num, teacher.config.length), teacher.config.mask_id, device=next(teacher.parameters()).device)
     return torch.cat([didi.sample(teacher, part, steps, teacher.config.mask_id)[0]
-                      for part in tqdm(z.split(batch), desc="teacher samples", unit="batch", disable=int(os.environ.get("RANK", 0)) > 0)])
+                      for part in tqdm(z.split(batch), desc="teacher samples", unit="batch", disable=place()[0] > 0)])
 
 
 def regularisers(teacher, steps, kind):
@@ -321,16 +321,16 @@ def main(argv=None):
         if "WORLD_SIZE" in os.environ:
             raise ValueError("--ablate is for one process: start it without torchrun")
         return ablate(args.ablate, sys.argv[1:] if argv is None else argv, device)
-    device, rank, world = join_processes(device)
-    share_out(args, world, "groups", *["disc_batch"] * (args.objective == "didi"))
+    device = join_processes(device)
+    share_out(args, "groups", *["disc_batch"] * (args.objective == "didi"))
     part = argparse.Namespace(**vars(args) | {"groups": args.groups // args.accumulate, "disc_batch": args.disc_batch // args.accumulate})
     torch.manual_seed(args.seed)
     loaded, config = load_checkpoint(args.teacher.replace("{seed}", str(args.seed)), "teacher", device)
     teacher = build_denoiser(config, loaded["ema"], device, args.bf16).requires_grad_(False)
-    data = load_once(loaded["data"], config.length, rank, device)
+    data = load_once(loaded["data"], config.length, device)
     reference = data["train"] if args.reference == "data" else teacher_samples(teacher)
     nets = networks(args, config, teacher, device, ckpt)
-    student, disc = parallel(nets["model"], world), parallel(nets["disc"], world) if "disc" in nets else None
+    student, disc = parallel(nets["model"]), parallel(nets["disc"]) if "disc" in nets else None
 
     def one_step(step, share):
         nets["opt"].param_groups[0]["lr"] = args.lr * (1 - 0.9 * share)
@@ -342,8 +342,8 @@ def main(argv=None):
     def table():
         return evaluate(nets["ema"], args.eval_samples, data, device)
     if args.bench:
-        return bench(lambda: one_step(args.disc_warmup + 1, 0.0), args.groups * args.G * config.length, device, rank)
-    return train(args, nets, one_step, table, ckpt, device, rank, "update", args.groups * args.G * config.length, args.disc_warmup,
+        return bench(lambda: one_step(args.disc_warmup + 1, 0.0), args.groups * args.G * config.length, device)
+    return train(args, nets, one_step, table, ckpt, device, "update", args.groups * args.G * config.length, args.disc_warmup,
                  kind="student", config=config, tokenizer=data["kind"], data=loaded["data"])
 
 

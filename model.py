@@ -240,10 +240,11 @@ def read_results(path, holds):
     try:
         with open(path) as f:
             content = json.load(f)
-        assert all(holds in run for seeds in content.values() for run in seeds.values())
-        return content
-    except (OSError, ValueError, AttributeError, TypeError, AssertionError):
-        raise ValueError(f"{path!r} is no results file of this flag: name another") from None
+        if all(holds in run for seeds in content.values() for run in seeds.values()):
+            return content
+    except (OSError, ValueError, AttributeError, TypeError):
+        pass
+    raise ValueError(f"{path!r} is no results file of this flag: name another")
 
 
 def spread(values, digits=3):
@@ -300,16 +301,20 @@ def memory_meter(device):
 
 
 def join_processes(device):
-    """(device, rank, world): this process's place under torchrun, in a group on NCCL (CUDA) or gloo; else (device, 0, 1)."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
-        return device, 0, 1
+    """Under torchrun join the group of processes, on NCCL (CUDA) or gloo; returns the device, of several GPUs this process's own."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     hours = datetime.timedelta(hours=12)  # the first process may have a corpus to prepare
     torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=hours)
-    return device, torch.distributed.get_rank(), world
+    return device
+
+
+def place():
+    """(rank, world): which process this is, of how many."""
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if torch.distributed.is_initialized() else (0, 1)
 
 
 def average(rows):
@@ -319,11 +324,12 @@ def average(rows):
 
 def over_processes(row, device):
     """The mean over all processes of each number in a dict, in one collective call; the dict itself if there is one process."""
-    if not torch.distributed.is_initialized():
+    world = place()[1]
+    if world == 1:
         return row
     x = torch.tensor([float(v) for v in row.values()], dtype=torch.float64, device=device)
     torch.distributed.all_reduce(x)
-    return dict(zip(row, (x / torch.distributed.get_world_size()).tolist()))
+    return dict(zip(row, (x / world).tolist()))
 
 
 def parts(net, args, step):
@@ -331,18 +337,18 @@ def parts(net, args, step):
 
     Each has random numbers of its own, so any number of processes does the same. In DDP the gradients are averaged at the last one.
     """
-    on = torch.distributed.is_initialized()
-    mine = range(torch.distributed.get_rank(), args.accumulate, torch.distributed.get_world_size()) if on else range(args.accumulate)
+    rank, world = place()
+    mine = range(rank, args.accumulate, world)
     for k, part in enumerate(mine):
         if args.accumulate > 1:
             torch.manual_seed(hash((args.seed, step, part)) % 2 ** 63)
-        with net.no_sync() if on and k < len(mine) - 1 else contextlib.nullcontext():
+        with net.no_sync() if world > 1 and k < len(mine) - 1 else contextlib.nullcontext():
             yield k, len(mine)
 
 
-def parallel(net, world):
+def parallel(net):
     """The network to train through: itself, or in DistributedDataParallel, which averages the gradients of all processes."""
-    if world == 1:
+    if place()[1] == 1:
         return net
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of torch 2.13's new name for this flag, which 2.11 does not know
@@ -352,9 +358,9 @@ def parallel(net, world):
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12, "4090": 165e12}  # bfloat16, dense, FLOP/s, by the makers (SXM)
 
 
-def bench(step, tokens, device, rank=0, times=20):
+def bench(step, tokens, device, times=20):
     """Print milliseconds, tokens/s, FLOP/s (matrix products; attention on CUDA only), share of the GPU's peak, and memory of step()."""
-    peak_memory = memory_meter(device)
+    (rank, world), peak_memory = place(), memory_meter(device)
     with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         step()
     for _ in range(3):
@@ -369,7 +375,6 @@ def bench(step, tokens, device, rank=0, times=20):
     wait()
     seconds = (time.perf_counter() - begin) / times
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     peak = next((world * p for gpu, p in PEAK.items() if gpu in name.replace("-", " ").split()), None)
     speed = world * counter.get_total_flops() / seconds
     rank or print(f"{world} x {name}: {1e3 * seconds:.1f} ms/step, {tokens / seconds:.0f} tokens/s, {speed / 1e12:.3g} TFLOP/s, "
@@ -399,8 +404,9 @@ def check_training_flags(args):
         raise ValueError("--steps, --accumulate, --eval_every and --eval_samples must all be at least 1")
 
 
-def share_out(args, world, *names):
-    """Settle --accumulate for so many processes; ValueError if it doesn't divide the flags of these names."""
+def share_out(args, *names):
+    """Settle --accumulate for as many processes as there are; ValueError if it doesn't divide the flags of these names."""
+    world = place()[1]
     args.accumulate = world if args.accumulate == 1 else args.accumulate
     for name in names:
         if args.accumulate % world or getattr(args, name) % args.accumulate:
@@ -444,7 +450,7 @@ def finish_row(row, step, unit, args, log, bar, table):
     log.flush()
 
 
-def train(args, nets, one_step, table, ckpt, device, rank, unit, tokens, warmup=0, every=1, **told):
+def train(args, nets, one_step, table, ckpt, device, unit, tokens, warmup=0, every=1, **told):
     """The loop of both scripts: row = one_step(step, share) until --steps, and `warmup` before them, or --minutes are over.
 
     share: of the training that is done, 0 to 1. Every so many steps a row goes into the log; after each --eval_every with table(), and a
@@ -452,7 +458,7 @@ def train(args, nets, one_step, table, ckpt, device, rank, unit, tokens, warmup=
     """
     first, before = (ckpt["step"], ckpt["seconds"]) if ckpt else (0, 0.0)
     total, interrupted, begin = None if args.minutes else warmup + args.steps, catch_interrupt(), time.perf_counter()
-    now, saved, stop = before, before, False
+    (rank, world), now, saved, stop = place(), before, before, False
     os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
     with open(os.devnull if rank else os.path.splitext(args.out)[0] + ".jsonl", "a" if args.resume else "w") as log, \
             tqdm(itertools.count(first), initial=first, total=total, desc=told["kind"], unit=unit, mininterval=1, disable=rank > 0) as bar:
@@ -463,7 +469,7 @@ def train(args, nets, one_step, table, ckpt, device, rank, unit, tokens, warmup=
             done = step + 1 - warmup
             check = step + 1 == total or (done > 0 and done % args.eval_every == 0)
             look = check or (step + 1) % every == 0  # several processes agree now and then: each time they wait
-            if look or not torch.distributed.is_initialized():
+            if look or world == 1:
                 now, stop = over_processes({"seconds": before + time.perf_counter() - begin, "stop": interrupted()}, device).values()
             check = check or (not total and now >= 60 * args.minutes)
             if look or check:

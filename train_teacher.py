@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 import didi
 from model import (Config, Denoiser, add_training_flags, average, bench, check_training_flags, join_processes, parallel, parse_resumable, parts,
-                   pick_device, restore, run_script, share_out, train, update_ema, write_json)
+                   pick_device, place, restore, run_script, share_out, train, update_ema, write_json)
 
 
 # -------------------------------------------------------------------------------------------------- data and tokenizer
@@ -548,32 +548,33 @@ def networks(args, config, device, ckpt):
     return nets
 
 
-def load_once(source, length, rank, device):
+def load_once(source, length, device):
     """load_data in every process, in the first one before the others: what has to be downloaded or tokenized is made once.
 
     Training texts go to the device; a corpus of packed tokens stays on the disk.
     """
-    if torch.distributed.is_initialized() and rank > 0:
+    rank, world = place()
+    if rank > 0:
         torch.distributed.barrier()
     with contextlib.redirect_stdout(None if rank else sys.stdout):
         data = load_data(source, length)
-    if torch.distributed.is_initialized() and rank == 0:
+    if world > 1 and rank == 0:
         torch.distributed.barrier()
     return data if data["kind"] == "gpt2" else data | {"train": data["train"].to(device)}
 
 
 def main(argv=None):
     args, device, kind, source, ckpt = parse_flags(argv)
-    device, rank, world = join_processes(device)
-    share_out(args, world, "batch")
+    device = join_processes(device)
+    share_out(args, "batch")
     torch.manual_seed(args.seed)
-    data = load_once(source, args.length, rank, device)
+    data = load_once(source, args.length, device)
     config = Config(data["tokenizer"].n_vocab, args.length, args.n_layer, args.n_head, args.n_embd, args.causal)
     nets = networks(args, config, device, ckpt)
-    net = parallel(nets["model"], world)
+    net = parallel(nets["model"])
     # one graph of network, head and loss, in which every shape is fixed
-    loss_of = torch.compile(losses, fullgraph=world == 1, dynamic=False) if args.compile else losses
-    if rank == 0:
+    loss_of = torch.compile(losses, fullgraph=place()[1] == 1, dynamic=False) if args.compile else losses
+    if place()[0] == 0:
         size = [f"{sum(map(len, d)) / 1e6:.1f} M tokens" if data["kind"] == "gpt2" else f"{len(d)} texts" for d in (data["train"], data["val"])]
         print(f"{size[0]} to train, {size[1]} to validate, L = {args.length}; {sum(p.numel() for p in nets['model'].parameters()) / 1e6:.2f} M "
               f"parameters on {device}, {'bfloat16' if args.bf16 else 'float32'}")
@@ -581,11 +582,11 @@ def main(argv=None):
     def one_step(step, share):
         return train_step(nets, net, loss_of, data["train"], step, share, args)
     if args.bench:
-        return bench(lambda: one_step(0, 0.0), args.batch * args.length, device, rank)
+        return bench(lambda: one_step(0, 0.0), args.batch * args.length, device)
 
     def table():
         return validate(nets["ema"], data, args, device)
-    return train(args, nets, one_step, table, ckpt, device, rank, "step", args.batch * args.length, every=10,
+    return train(args, nets, one_step, table, ckpt, device, "step", args.batch * args.length, every=10,
                  kind=kind, config=config, tokenizer=data["kind"], data=source)
 
 
