@@ -1,0 +1,107 @@
+"""ablate.py - what each component of the method does: `distill.py` with and without it, over seeds.
+
+    python -m experiments.ablate experiments/results/ablation.json
+    python -m experiments.ablate out/ablation.json --seeds 0 -- --minutes 2    # for every run
+
+One run after the other, each a process of its own; what the file has is not made again, so after
+Ctrl-C the same command goes on. Each student writes 1,000 samples in 4, 8, 16 and 32 steps.
+"""
+import argparse
+import itertools
+import subprocess
+import sys
+
+import distill
+from data import corpus
+from experiments import common
+from model import run_script, setup
+
+# As in the paper's table, in its setting (--paper): each row with all those before it. Rows that
+# differ in the sampler alone share a run.
+CUMULATIVE = {
+    "none": "--paper --K 1 --no-coupled --noise_max 1 --no-w --no-pi --kl 0 --entropy 0 "
+            "--no-group_norm",
+    "+ intermediate-state matching": "--K 2", "+ coupled time": "--coupled", "+ w(t)": "--w",
+    "+ pi(t)": "--pi",
+    "+ KL and entropy": f"--kl {distill.PAPER['kl']} --entropy {distill.PAPER['entropy']}",
+    "+ grouped normalisation": "--group_norm", "+ guided sampler": ""}
+ONE_CHANGE = {
+    "default": "", "default, guided sampler": "", "no intermediate-state matching": "--K 1",
+    "no grouped normalisation": "--no-group_norm", "no KL": "--kl 0", "coupled time": "--coupled",
+    "w(t) and pi(t)": "--w --pi", "all rollouts from all masks": "--mask_share 1",
+    "masked positions only": "--positions masked", "teacher samples": "--reference teacher"}
+STEPS = (4, 8, 16, 32)
+
+
+def parse_flags(argv=None):
+    p = argparse.ArgumentParser(description="What each component does.", allow_abbrev=False)
+    add = p.add_argument
+    add("file", help="results, {label: {seed: row}}, JSON; an existing file is continued")
+    add("--teacher", default="out/{seed}/teacher.pt", help="checkpoints; {seed} is the run's seed")
+    add("--seeds", type=int, nargs="+", default=(0, 1, 2), help="one run of each row for each")
+    add("--num", type=int, default=1000, help="samples to measure: standard error .015 at 1,000")
+    add("--out", default="out/ablation.pt", help="where each student lies until the next run")
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    add("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 products [where fast]")
+    p.set_defaults(seed=4321)  # of the samples to measure, the same for every student
+    args, more = p.parse_known_args(argv)
+    return args, [flag for flag in more if flag != "--"]
+
+
+def distil(args, seed, flags):
+    """Run distill.py with these flags. Raises ValueError if it fails; its own words are shown."""
+    command = [sys.executable, distill.__file__, "--device", args.device, *flags]
+    command += ["--teacher", args.teacher.replace("{seed}", str(seed)), "--seed", str(seed)]
+    command += ["--out", args.out, "--eval_every", "1000000"]
+    command += {None: [], True: ["--bf16"], False: ["--no-bf16"]}[args.bf16]
+    if subprocess.run(command).returncode:
+        raise ValueError(f"this run failed: {' '.join(command[1:])}")
+
+
+def measure(args, guided, device, bf16):
+    """{"valid@4": .., "entropy@4": .., ..} of the student in args.out, and its flags."""
+    model = common.load_model(args.out, device, bf16)
+    data, row, sampler = corpus.load(model["flags"]["data"]), {}, "ancestral"
+    if guided:
+        sampler = "rgas"
+    for steps in STEPS:
+        x, _ = common.write(model, args.num, steps, sampler, seed=args.seed)
+        row |= {f"{name}@{steps}": value for name, value in data.shown(x).items()}
+    return row | {"flags": model["flags"], "hardware": common.hardware(device, bf16)}
+
+
+def print_table(results, labels):
+    """Mean +- standard deviation over the seeds: the first measure at all steps, others at 8."""
+    rows = {label: list(results[label].values()) for label in labels if results.get(label)}
+    first = next(iter(rows.values()))[0]
+    names = list(dict.fromkeys(key.split("@")[0] for key in first if "@" in key))
+    columns = [f"{names[0]}@{steps}" for steps in STEPS] + [f"{name}@8" for name in names[1:]]
+    print("| | seeds | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 2) + "|")
+    for label, seeds in rows.items():
+        cells = [common.spread([row[column] for row in seeds]) for column in columns]
+        print(f"| {label} | {len(seeds)} | " + " | ".join(cells) + " |")
+
+
+def main(argv=None):
+    args, more = parse_flags(argv)
+    device, bf16 = setup(args)
+    common.add_run(args.file, "flags")  # an unwritable path must not show after minutes of work
+    results = common.read_results(args.file)
+    so_far = itertools.accumulate(CUMULATIVE.values(), "{} {}".format)
+    plan = {**dict(zip(CUMULATIVE, so_far)), **ONE_CHANGE}
+    runs = list(itertools.product(args.seeds, plan))
+    runs = [(seed, label) for seed, label in runs if str(seed) not in results.get(label, {})]
+    done = None
+    for number, (seed, label) in enumerate(runs, 1):
+        print(f"run {number} of {len(runs)}: {label}, seed {seed}", flush=True)
+        flags = [*more, *plan[label].split()]
+        if done != (seed, flags):
+            distil(args, seed, flags)
+        done = seed, flags
+        row = measure(args, "guided" in label, device, bf16)
+        common.add_run(args.file, "flags", label, seed, row)
+    print_table(common.read_results(args.file), plan)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,181 @@
+"""common.py - what the experiments share: models to compare, timed sampling, results, memory.
+
+A model here is a dict {"denoiser", "config", "tokenizer" (its name), "packed", "eos", "flags"}, and
+of a student of distill.py "discriminator"; eos is the token that ends a text, -1 where packed.
+"""
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+
+import torch
+from tqdm import tqdm
+
+import didi
+from data import corpus
+from experiments.autoregressive import autoregress
+from model import Discriminator, load_checkpoint
+
+
+# ----------------------------------------------------------------------------------------- models
+def load_model(path, device, bf16, kinds=("student", "teacher", "causal")):
+    """The model in a checkpoint, frozen. ValueError if it isn't of these kinds, or damaged."""
+    ckpt, denoiser = load_checkpoint(path, kinds, device, bf16)
+    model = {"denoiser": denoiser, "config": denoiser.config, "eos": -1}
+    model |= {name: ckpt[name] for name in ("tokenizer", "packed", "flags")}
+    if not ckpt["packed"]:
+        model["eos"] = corpus.make_tokenizer(ckpt["tokenizer"]).eot_token
+    if "disc" in ckpt:
+        try:
+            discriminator = Discriminator(denoiser, **ckpt["discriminator"]).to(device)
+            discriminator.load_state_dict(ckpt["disc"])
+        except (KeyError, RuntimeError, TypeError):
+            raise ValueError(f"{path}: the discriminator does not fit: distil again") from None
+        # in eval mode, or spectral norm would go on iterating
+        model["discriminator"] = discriminator.eval().requires_grad_(False)
+    return model
+
+
+def load_models(paths, device, bf16):
+    """{name: model} of {name: path}, names "teacher", "student", "autoregressive".
+
+    Raises ValueError if they differ in their tokens or length, and so can't be compared.
+    """
+    kinds = {"teacher": "teacher", "student": "student", "autoregressive": "causal"}
+    models = {name: load_model(path, device, bf16, (kinds[name],)) for name, path in paths.items()}
+    texts = {(m["tokenizer"], m["packed"], m["config"].length) for m in models.values()}
+    if len(texts) > 1:
+        names = ", ".join(paths.values())
+        raise ValueError(f"{names} differ in tokens or length: make them all from one corpus and "
+                         "with the same --length, or name others")
+    return models
+
+
+# --------------------------------------------------------------------------------- timed sampling
+def run(model, z, steps, sampler, temperature, rgas, on_step):
+    """Fill z (B, L), all masks: x (B, L), nfe (B,), the discriminator's calls (B,)."""
+    denoiser, mask_id = model["denoiser"], model["config"].mask_id
+    if sampler == "rgas":
+        discriminator = model["discriminator"]
+        return didi.guided_sample(denoiser, discriminator, z, steps, mask_id, *rgas, temperature)
+    if sampler == "autoregressive":
+        x, nfe = autoregress(denoiser, len(z), model["eos"], temperature, on_step)
+    else:
+        x, nfe = didi.sample(denoiser, z, steps, mask_id, temperature, on_step)
+    return x, nfe, torch.zeros_like(nfe)
+
+
+def write(model, num, steps, sampler="ancestral", temperature=1.0, seed=0, batch=256,
+          rgas=(1.0, 4, 0.5), on_step=None, name=None):
+    """Write num texts: x (num, L) on the CPU, and {"nfe", "disc_calls", "seq_per_s"}.
+
+    sampler: "ancestral"; "rgas" with (h, M, switch) of didi.guided_sample; "autoregressive", which
+    has no steps. nfe and disc_calls are the means of the network calls that a sequence took.
+    """
+    device, parts = model["denoiser"].position.device, []
+    z = torch.full((num, model["config"].length), model["config"].mask_id, device=device)
+    if not on_step:  # warm-up, not timed: the first calls set up threads, kernels and memory
+        run(model, z[:batch], 2, sampler, temperature, rgas, None)[0].cpu()
+    torch.manual_seed(seed)
+    begin = time.perf_counter()
+    for part in tqdm(z.split(batch), desc=name, leave=False, delay=1, disable=bool(on_step)):
+        outputs = run(model, part, steps, sampler, temperature, rgas, on_step)
+        parts.append([output.cpu() for output in outputs])
+    seconds = time.perf_counter() - begin
+    x, nfe, calls = map(torch.cat, zip(*parts))
+    return x, {"nfe": nfe.double().mean().item(), "disc_calls": calls.double().mean().item(),
+               "seq_per_s": num / seconds}
+
+
+def memory_meter(device):
+    """A function: the most memory used from now on, MiB, beyond what is in use now.
+
+    On CUDA the GPU's, on Linux the process's, elsewhere NaN.
+    """
+    def status(name):
+        with open("/proc/self/status") as f:
+            lines = [line.split() for line in f if line.startswith(name)]
+        return int(lines[0][1]) * 1024
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        return lambda: (torch.cuda.max_memory_allocated() - before) / 2 ** 20
+    if sys.platform != "linux":
+        return lambda: math.nan
+    with open("/proc/self/clear_refs", "w") as f:
+        f.write("5")  # VmHWM := VmRSS (man 5 proc)
+    before = status("VmRSS")
+    return lambda: (status("VmHWM") - before) / 2 ** 20
+
+
+# ---------------------------------------------------------------------------------------- results
+def write_json(path, content):
+    """Write a JSON file by way of a temporary one. ValueError if that cannot be done."""
+    try:
+        with open(f"{path}.partial", "w", encoding="utf-8") as f:
+            json.dump(content, f, indent=1)
+        os.replace(f"{path}.partial", path)
+    except OSError as e:
+        raise ValueError(f"{path!r} cannot be written ({e.strerror}): name a file in an existing "
+                         "folder") from None
+
+
+def read_results(path, holds="flags"):
+    """A results file {label: {seed: run}}, each run a dict with this key. ValueError if not."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            content = json.load(f)
+        for seeds in content.values():
+            if not all(holds in run for run in seeds.values()):
+                raise ValueError
+    except (OSError, ValueError, AttributeError, TypeError):
+        raise ValueError(f"{path!r} is no results file with {holds!r}: name another") from None
+    return content
+
+
+def add_run(path, holds, label=None, seed=None, run=None):
+    """Add a run to a results file, made if missing. Without one only see that this can be done.
+
+    The file is read again each time: another process may have added to it.
+    """
+    results = {}
+    if os.path.exists(path):
+        results = read_results(path, holds)
+    if run is not None:
+        results.setdefault(label, {})[str(seed)] = run
+    write_json(path, results)
+
+
+def spread(values, digits=3):
+    """"mean +- standard deviation" of the values that are numbers, or "" if there are none."""
+    values = [v for v in values if v is not None and not math.isnan(v)]
+    if not values:
+        return ""
+    text = f"{statistics.fmean(values):.{digits}f}"
+    if len(values) > 1:
+        text += f" +- {statistics.stdev(values):.{digits}f}"
+    return text
+
+
+def hardware(device, bf16):
+    """What a result was measured on, a dict."""
+    name = device.type
+    if name == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return {"device": name, "cpu": platform.machine(), "cpu_count": os.cpu_count(),
+            "threads": torch.get_num_threads(), "bf16": bf16, "torch": torch.__version__}
+
+
+def pyplot():
+    """matplotlib without a screen, and its pyplot. ValueError if it isn't installed."""
+    try:
+        import matplotlib.animation
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise ValueError("pictures need the package matplotlib, which is optional: "
+                         "pip install matplotlib") from None
+    return matplotlib, plt

@@ -1,0 +1,152 @@
+#!/usr/bin/env bash
+# reproduce.sh - make every file of experiments/results/, and the pictures in assets/, again.
+#
+#     bash experiments/reproduce.sh signatures                       # some ten hours on two cores
+#     bash experiments/reproduce.sh text wikinews.train.txt.xz       # two hours
+#     bash experiments/reproduce.sh proteins cath_S40.fa.xz          # half an hour
+#     bash experiments/reproduce.sh prepare enwiki.txt               # 10 seconds
+#     bash experiments/reproduce.sh first_run                        # 5 minutes
+#
+# Everything is written to out/results first, so that what is in git stays whole until it is done:
+# then copy the files to experiments/results/, frontier.png and writing.gif to assets/. Pictures
+# need `pip install matplotlib`. After Ctrl-C the ablation goes on where it was; the rest is made
+# again. Where something else keeps a core busy set OMP_NUM_THREADS=1.
+set -e
+cd "$(dirname "$0")/.."
+results=out/results
+mkdir -p $results
+
+# The minutes that each distillation took, and means of the last 280 updates of its log.
+log_means() {
+    python - "$@" <<'EOF'
+import json
+import sys
+for path in sys.argv[1:]:
+    with open(path) as f:
+        rows = [json.loads(line) for line in f]
+    rows = [row for row in rows if "kl" in row][-280:]  # without tables and warm-up
+    names = [name for name in ("disc_acc", "spread", "norm", "kl") if name in rows[-1]]
+    means = {name: round(sum(row[name] for row in rows) / len(rows), 3) for name in names}
+    print(f"{path}: {rows[-1]['seconds'] / 60:.1f} minutes; last {len(rows)} updates: {means}")
+EOF
+}
+
+# Three seeds of teacher, judge, student, SDTT's student and the paper's setting: 3 hours.
+few_steps() {
+    for s in 0 1 2; do
+        models="--teacher out/$s/teacher.pt --causal out/$s/causal.pt"
+        about="--json $results/nano.json --label"
+        python train_teacher.py --seed $s --out out/$s/teacher.pt
+        python train_teacher.py --seed $s --causal --out out/$s/causal.pt
+        for run in default sdtt paper; do
+            flags="--seed $s --teacher out/$s/teacher.pt --out out/$s/$run.pt"
+            student="--student out/$s/$run.pt"
+            case $run in
+                default)
+                    python distill.py $flags
+                    python -m experiments.evaluate --sweep $models $student $about $run ;;
+                sdtt)
+                    python -m experiments.sdtt $flags
+                    python -m experiments.evaluate --sweep --rows student $models $student \
+                        $about $run ;;
+                paper)
+                    python distill.py $flags --paper
+                    python -m experiments.evaluate --rows student $models $student $about $run ;;
+            esac
+        done
+    done
+    log_means out/[012]/default.jsonl out/[012]/sdtt.jsonl out/[012]/paper.jsonl > $results/logs.txt
+}
+
+# Speed and memory, on an otherwise idle machine: half an hour.
+speed() {
+    models="--teacher out/0/teacher.pt --student out/0/default.pt --causal out/0/causal.pt"
+    python -m experiments.bench models $models --json $results/bench.json
+    python -m experiments.bench sampler > $results/sampler.txt
+    for how in --bf16 --no-bf16 "--bf16 --compile"; do
+        echo "training $how"
+        python -m experiments.bench training $how
+    done > $results/bench.txt
+    for parts in 1 4; do
+        echo "distillation --accumulate $parts"
+        python -m experiments.bench distillation --teacher out/0/teacher.pt --accumulate $parts
+    done >> $results/bench.txt
+}
+
+signatures() {
+    few_steps
+    python -m experiments.ablate $results/ablation.json  # 18 rows, three seeds: 6 hours
+    speed
+    # the front page: samples, the figure, the animation
+    python sample.py --model out/0/teacher.pt --steps 8 --num 6 > $results/samples.txt
+    python sample.py --model out/0/default.pt --steps 8 --num 6 >> $results/samples.txt
+    python -m experiments.table $results/nano.json --plot $results/frontier.png
+    python -m experiments.animate $results/writing.gif --student out/0/default.pt \
+        --teacher out/0/teacher.pt --causal out/0/causal.pt
+}
+
+# 7.5 M tokens of English Wikinews; $1 is the file. One thread for each process.
+text() {
+    export OMP_NUM_THREADS=1
+    python -m data.text "$1" --out out/wikinews
+    few="--data out/wikinews --length 64 --muon --lr 4e-3"
+    # keep memory that is freed: see README.md
+    export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
+    for most in 65536 0; do
+        echo "MALLOC_MMAP_MAX_=$most"
+        MALLOC_MMAP_MAX_=$most python -m experiments.bench training $few
+    done > $results/bench_text.txt
+    python train_teacher.py $few --minutes 28 --out out/text/teacher.pt
+    python train_teacher.py $few --minutes 20 --causal --out out/text/causal.pt
+    export MALLOC_MMAP_MAX_=65536 MALLOC_MMAP_THRESHOLD_=200000000
+    export MALLOC_TRIM_THRESHOLD_=2000000000
+    python distill.py --accumulate 16 --disc_warmup 40 --lr 4e-4 --kl .1 --minutes 26 \
+        --eval_every 1000 --teacher out/text/teacher.pt --out out/text/student.pt
+    python -m experiments.evaluate --sweep --samples 256 --batch 128 \
+        --teacher out/text/teacher.pt --student out/text/student.pt --causal out/text/causal.pt \
+        --json $results/text_cpu.json --label wikinews
+}
+
+# CATH v4.1 S40 domains; $1 is the FASTA file.
+proteins() {
+    python -m data.fasta "$1" --out out/cath
+    models="--teacher out/cath/teacher.pt --causal out/cath/causal.pt"
+    about="--json $results/protein.json --label"
+    python train_teacher.py --data out/cath --minutes 3.5 --out out/cath/teacher.pt
+    python train_teacher.py --data out/cath --minutes 2.5 --causal --out out/cath/causal.pt
+    python distill.py --K 4 --beta 4 1 --groups 8 --kl .3 --lr 4e-4 --ema .98 --disc_warmup 60 \
+        --minutes 6 --teacher out/cath/teacher.pt --out out/cath/student.pt
+    python -m experiments.evaluate $models --student out/cath/student.pt $about protein
+    python distill.py --minutes 4 --teacher out/cath/teacher.pt --out out/cath/two_steps.pt
+    python -m experiments.evaluate $models --rows student --student out/cath/two_steps.pt \
+        $about "default settings"
+    python sample.py --model out/cath/student.pt --num 100 --out out/designs.fasta
+}
+
+# Time and memory of preparing 170 MB of English Wikipedia as plain text; $1 is the file.
+prepare() {
+    /usr/bin/time -f "%e s, %M KiB at most" python -m data.text "$1" --out out/prepared 2>&1 \
+        | tr '\r' '\n' | grep -E "Mtoken|at most" | tail -2 > $results/prepare.txt
+}
+
+# The front page's one command in a fresh folder, with the installation.
+first_run() {
+    mkdir out/first
+    cp -r ./*.py data requirements.txt out/first
+    (
+        cd out/first
+        time (
+            python3 -m venv .venv
+            . .venv/bin/activate
+            pip install -q -r requirements.txt
+            python train_teacher.py
+            python distill.py
+            python sample.py --steps 8
+        )
+    ) 2>&1 | tail -21 > $results/first_run.txt
+}
+
+case $1 in
+    signatures | text | proteins | prepare | first_run) "$@" ;;
+    *) sed -n '2,/^set -e/s/^# \{0,1\}//p' experiments/reproduce.sh ;;
+esac

@@ -1,0 +1,207 @@
+"""table.py - read the results of experiments.evaluate: Markdown tables over seeds, and a plot.
+
+    python -m experiments.table experiments/results/nano.json
+    python -m experiments.table experiments/results/nano.json --plot assets/frontier.png
+
+A model need only become less diverse to look better, so quality is also compared at equal entropy:
+each model at the temperature that gives its samples the entropy of held-out data. That needs runs
+with --sweep. Rows of different seeds belong together if they are of the same model, steps and T.
+"""
+import argparse
+import itertools
+import math
+
+import numpy as np
+
+from experiments import common
+from model import run_script
+
+SHOWN = {"nfe": 1, "disc_calls": 1, "valid": 3, "judge_ppl": 2, "distinct": 3, "novel": 3,
+         "length": 1, "length_sd": 1, "ks": 3, "entropy": 3, "js1": 4, "js2": 4, "low": 3}  # digits
+BEST = ("valid", "judge_ppl", "length", "length_sd", "ks", "js2")  # at equal entropy
+GOALS = {"valid": 1, "judge_ppl": -1}  # what steps are compared by, and whether more is better
+AXES = {"valid": "valid, share of samples", "judge_ppl": "perplexity under the judge, per token",
+        "ks": "KS distance of the lengths from held-out texts'"}
+LINES = [("default", "teacher", 8, "C0", ":"), ("default", "teacher", 32, "C0", "--"),
+         ("default", "teacher", 256, "C0", "-"), ("default", "student", 4, "C3", ":"),
+         ("default", "student", 8, "C3", "-"), ("sdtt", "student", 8, "C1", "-"),
+         ("default", "autoregressive", None, "k", "-")]  # run, model, steps, colour, style
+
+
+# -------------------------------------------------------------------- comparing the rows of a run
+def key(row):
+    """What a row is: (model, steps, temperature), with None where it has none."""
+    return row["row"], row.get("steps"), row.get("T")
+
+
+def at_entropy(rows, name, steps, entropy, column="valid"):
+    """`column` of a model in so many steps at the temperature that gives this unigram entropy.
+
+    Linear between the temperatures measured, NaN outside them.
+    """
+    mine = [row for row in rows if key(row)[:2] == (name, steps) and column in row]
+    points = sorted((row["entropy"], row[column]) for row in mine)
+    if not points:
+        return math.nan
+    return float(np.interp(entropy, *zip(*points), left=math.nan, right=math.nan))
+
+
+def steps_to_match(rows, entropy, column="valid"):
+    """Steps that the teacher needs for the student's quality in 8, both at this entropy.
+
+    Linear in log steps. The fewest steps measured mean at most those; inf more than the most; NaN
+    that the temperatures measured don't tell.
+    """
+    sign = GOALS[column]
+    goal = sign * at_entropy(rows, "student", 8, entropy, column)
+    steps = sorted({row["steps"] for row in rows if row["row"] == "teacher"})
+    values = [sign * at_entropy(rows, "teacher", n, entropy, column) for n in steps]
+    enough = [k for k, value in enumerate(values) if value >= goal]
+    if not enough:
+        known = len(values) > 0 and not math.isnan(values[-1] + goal)
+        return math.inf if known else math.nan
+    k = enough[0]
+    if k == 0:
+        return steps[0]
+    share = (goal - values[k - 1]) / (values[k] - values[k - 1])
+    return steps[k - 1] * (steps[k] / steps[k - 1]) ** share
+
+
+# -------------------------------------------------------------------------------- tables over seeds
+def over_seeds(seeds):
+    """{key: rows}, one row of each seed that has it, of one label's {seed: run}."""
+    together = {}
+    for run in seeds.values():
+        for row in run["rows"]:
+            together.setdefault(key(row), []).append(row)
+    return together
+
+
+def is_sweep(seeds):
+    """Were all runs of a label made with --sweep?"""
+    return all(run["flags"].get("sweep") for run in seeds.values())
+
+
+def markdown(cells):
+    """One line of a table."""
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def head(names):
+    """The first two lines of a table."""
+    return markdown(names) + "\n" + "|---" * len(names) + "|"
+
+
+def print_means(results):
+    """Mean +- standard deviation of each row; of a sweep only those at the usual temperature."""
+    groups = {label: over_seeds(seeds) for label, seeds in results.items()}
+    measured = set()
+    for rows in groups.values():
+        for same in rows.values():
+            measured.update(same[0])
+    shown = {name: digits for name, digits in SHOWN.items() if name in measured}
+    print(head(["run", "seeds", "row", "steps", "T", *shown]))
+    for label, rows in groups.items():
+        for (name, steps, T), same in rows.items():
+            if is_sweep(results[label]) and T not in (None, 1) and (name, steps) != ("teacher", 8):
+                continue
+            values = {name: [row.get(name) for row in same] for name in shown}
+            cells = [common.spread(values[name], shown[name]) for name in shown]
+            about = ["" if cell is None else cell for cell in (name, steps, T)]
+            print(markdown([label, len(same), *about, *cells]))
+
+
+def print_equal_entropy(swept):
+    """All models at the entropy of held-out data, and the steps that the student saves."""
+    runs = {}  # label: of each seed the rows
+    for label, seeds in swept.items():
+        runs[label] = [run["rows"] for run in seeds.values()]
+    measured = next(iter(runs.values()))[0][0]
+    best = [name for name in BEST if name in measured]
+    print("\nAt the entropy of held-out data (seeds: those whose temperatures reach it):\n")
+    print(head(["run", "seeds", "model", "steps", *best]))
+    for label, seeds in runs.items():
+        models = dict.fromkeys(key(row)[:2] for row in seeds[0] if row.get("T") not in (None, 1))
+        for name, steps in models:
+            print(markdown(equal_entropy_cells(label, seeds, name, steps, best)))
+    for label, column in itertools.product(runs, GOALS):
+        needed = [steps_to_match(rows, rows[0]["entropy"], column) for rows in runs[label]]
+        if not all(map(math.isnan, needed)):
+            texts = ", ".join(f"{steps:.0f}" for steps in needed)
+            print(f"\n{label}: for the student's {column} in 8 steps the teacher needs, by seed, "
+                  f"{texts} steps (inf: more than were measured; nan: not known)")
+
+
+def equal_entropy_cells(label, seeds, name, steps, best):
+    """A line of that table; seeds: of each seed the rows."""
+    cells, reached = [], 0
+    for column in best:
+        values = [at_entropy(rows, name, steps, rows[0]["entropy"], column) for rows in seeds]
+        reached = max(reached, sum(not math.isnan(value) for value in values))
+        cells.append(common.spread(values, SHOWN[column]))
+    if steps is None:
+        steps = ""
+    return [label, f"{reached} of {len(seeds)}", name, steps, *cells]
+
+
+# ----------------------------------------------------------------------------------------- the plot
+def curve(seeds, name, steps, column):
+    """Mean entropy and mean `column` over seeds, at each temperature that all have: (T, 2)."""
+    points = []
+    for (row, n, T), same in over_seeds(seeds).items():
+        values = [(one["entropy"], one[column]) for one in same if column in one]
+        if (row, n) == (name, steps) and len(values) == len(seeds):
+            points.append(np.mean(values, 0))
+    return np.array(points).reshape(-1, 2)
+
+
+def plot(swept, path):
+    """Quality against entropy: each line one model and number of steps at several temperatures."""
+    _, plt = common.pyplot()
+    if not swept:
+        raise ValueError("--plot: no run in that file was made with --sweep")
+    first = next(iter(next(iter(swept.values())).values()))["rows"][0]
+    columns = [column for column in AXES if column in first]
+    figure, axes = plt.subplots(1, len(columns), figsize=(5.5 * len(columns), 4.5),
+                                layout="constrained", squeeze=False)
+    for ax, column in zip(axes[0], columns):
+        for label, name, steps, color, style in LINES:
+            points = curve(swept.get(label, {}), name, steps, column)
+            text = f"{label}: {name}"
+            if steps:
+                text += f", {steps} steps"
+            if len(points):
+                ax.plot(*points.T, style, color=color, marker=".", label=text)
+        held = curve(swept.get("default", {}), "held-out data", None, column)
+        ax.plot(*held.T, "g*", markersize=12, label="held-out data")
+        ax.set(xlabel="unigram entropy within a sample, nats", ylabel=AXES[column])
+        if column == "judge_ppl":
+            ax.set_yscale("log")
+        ax.grid(alpha=0.3)
+    axes[0, -1].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    print(f"wrote {path}")
+
+
+def parse_flags(argv=None):
+    p = argparse.ArgumentParser(description="Tables and a plot of evaluation results.")
+    add = p.add_argument
+    add("file", help="results of experiments.evaluate --json, {label: {seed: run}}")
+    add("--plot", help="draw quality against entropy, of the labels default and sdtt, as PNG")
+    return p.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_flags(argv)
+    results = common.read_results(args.file, "rows")
+    print_means(results)
+    swept = {label: seeds for label, seeds in results.items() if is_sweep(seeds)}
+    if swept:
+        print_equal_entropy(swept)
+    if args.plot:
+        plot(swept, args.plot)
+
+
+if __name__ == "__main__":
+    run_script(main)
