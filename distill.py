@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import didi
 from data import corpus
-from model import (RANK, SAVE_EVERY, WORLD, Discriminator, agree, average_gradients,
+from model import (RANK, SAVE_EVERY, Discriminator, agree, average_gradients,
                    load_checkpoint, log_row, open_log, restore, run_script, save_checkpoint, setup,
                    share_done, share_out, stop_requested, update_ema)
 
@@ -39,8 +39,8 @@ def parse_flags(argv=None):
     add("--G", type=int, default=8, help="samples per group")
     add("--K", type=int, default=2, help="steps of a rollout; 1: no intermediate-state matching")
     add("--beta", type=float, nargs=2, default=(1.0, 1.0), help="a, b of tau/t ~ Beta(a, b)")
-    add("--mask_share", type=float, default=0.5, help="share of groups that start from all masks ..")
-    add("--t_range", type=float, nargs=2, default=(0.2, 1.0), help=".. or from data noised at U(..)")
+    add("--mask_share", type=float, default=0.5, help="share of groups that begin all masked ..")
+    add("--t_range", type=float, nargs=2, default=(0.2, 1.0), help=".. or as data noised at U(..)")
     # 2. and 3. noising and discriminator
     add("--reference", choices=("data", "teacher"), default="data", help="what has label 1")
     add("--coupled", action=on_off, default=False, help="noise x at the rollout's tau, or else ..")
@@ -82,17 +82,12 @@ def parse_flags(argv=None):
     return p.parse_args(argv), ckpt
 
 
-def disc_shape(args):
-    """What a Discriminator is made with; stored in the checkpoint for the guided sampler."""
-    noise_max = 1.0 if args.coupled else args.noise_max
-    return {"trainable_blocks": args.disc_blocks, "positions": args.positions,
-            "noise_max": noise_max}
-
-
 def networks(args, teacher):
     """Student "model", its average "ema" and "disc", copies of the teacher, and both optimisers."""
     student = copy.deepcopy(teacher).requires_grad_(True)
-    disc = Discriminator(teacher, **disc_shape(args)).to(teacher.position.device)
+    noise_max = 1.0 if args.coupled else args.noise_max
+    disc = Discriminator(teacher, args.disc_blocks, args.positions, noise_max)
+    disc = disc.to(teacher.position.device)
     learns = [p for p in disc.parameters() if p.requires_grad]
     how = {"betas": (0.9, 0.99), "weight_decay": 0.0}
     return {"model": student, "ema": copy.deepcopy(teacher), "disc": disc,
@@ -113,10 +108,20 @@ def make_reference(args, data, teacher):
 
 def start_levels(args, groups, device):
     """(groups,): the level t that each group's first state is noised at; 1 is all masks."""
-    t = torch.ones(groups, device=device)
-    if args.mask_share == 1:
-        return t
-    return torch.where(torch.rand_like(t) < args.mask_share, t, torch.empty_like(t).uniform_(*args.t_range))
+    t = torch.empty(groups, device=device).uniform_(*args.t_range)
+    return t.masked_fill(torch.rand_like(t) < args.mask_share, 1.0)
+
+
+def reward_levels(args, tau, pi):
+    """(groups,) each: the level at which rewards are read, and their weight w(t)/pi(t)."""
+    level, w = tau, torch.ones_like(tau)
+    if not args.coupled:
+        level, pi = torch.rand_like(tau) * args.noise_max, torch.full_like(pi, 1 / args.noise_max)
+    if args.w:
+        w = w * didi.weight(level)
+    if args.pi:
+        w = w / pi
+    return level, w
 
 
 def regularisers(teacher, steps, kind):
@@ -141,72 +146,52 @@ def descend(net, optimizer):
 
 
 def update(args, nets, teacher, reference, groups, moving):
-    """One iteration of DiDi-Instruct. Returns what to log."""
+    """One iteration of DiDi-Instruct, B = groups * G; the student learns once it is `moving`."""
     student, disc, mask_id = nets["model"], nets["disc"], teacher.config.mask_id
-    if not moving:
-        groups = -(-64 // args.G)
-    # 1. rollout with intermediate-state matching: z_t -> z_tau -> x
-    t = start_levels(args, groups, teacher.position.device)  # (groups,)
-    x_ref = reference(groups)  # (groups, L)
-    z_t = didi.forward_mask(x_ref, t, mask_id)
-    levels, tau, pi = didi.draw_levels(t, args.K, *args.beta)
-    with torch.set_grad_enabled(moving):
-        x, log_prob, steps = didi.rollout(student, z_t, levels, mask_id, args.G)
-    # 2. coupled time
-    level = tau
-    if not args.coupled:
-        level, pi = torch.rand_like(tau) * args.noise_max, torch.full_like(pi, 1 / args.noise_max)
-    level, pi = level.repeat_interleave(args.G), pi.repeat_interleave(args.G)
-    z_student = didi.forward_mask(x, level, mask_id)
-    pick = torch.randperm(len(x), device=x.device)[:64]
-    z_pick = z_student[pick]
-    z_ref = x_ref.repeat_interleave(args.G, 0)[pick].masked_fill(z_pick == mask_id, mask_id)
-    # 3. discriminator
-    disc.train()
-    enter = disc.enters(z_pick)
-    logits_ref, logits_pick = disc(torch.cat((z_ref, z_pick))).chunk(2)
-    disc_loss = didi.discriminator_loss(logits_ref, enter, logits_pick, enter, args.smoothing)
-    disc_loss.backward()
-    r_ref, r_pick = didi.reward(logits_ref, enter), didi.reward(logits_pick, enter)
-    accuracy = ((r_ref > 0).float().mean() + (r_pick < 0).float().mean()).item() / 2
-    row = {"disc_loss": disc_loss.item(), "disc_acc": accuracy, "r_ref": r_ref.mean().item(),
-           "r_student": r_pick.mean().item(), "disc_norm": descend(disc, nets["disc_opt"])}
-    if not moving:
-        return row
-    # 4. reward
-    with torch.no_grad():
-        r = didi.reward(disc(z_student), disc.enters(z_student))
-    advantage = r
-    if args.group_norm:
-        advantage = didi.grouped_advantage(r, args.G, eps=args.eps)
-    # 5. student step
-    w = didi.weight(level) if args.w else torch.ones_like(level)
-    if args.pi:
-        w = w / pi
-    kl, entropy = regularisers(teacher, steps, args.kl_kind)
-    policy = didi.policy_loss(log_prob, advantage, w, teacher.config.length)
-    (policy + args.kl * kl - args.entropy * entropy).backward()
-    return row | {"policy": policy.item(), "kl": kl.item(), "entropy": entropy.item(),
-                  "spread": r.view(-1, args.G).std(1, correction=0).mean().item(),
-                  "norm": descend(student, nets["opt"])}
-
-
-@torch.no_grad()
-def evaluate(model, data, device):
-    """Measures of 128 samples in 4, 8 and 16 steps; always the same random numbers."""
-    row, L, mask_id = {}, model.config.length, model.config.mask_id
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(4321)
-        for steps in (4, 8, 16):
-            z = torch.full((128, L), mask_id, device=device)
-            measures = data.shown(didi.sample(model, z, steps, mask_id)[0])
-            row |= {f"{name}@{steps}": value for name, value in measures.items()}
+    for _ in range(args.accumulate):
+        # 1. rollout with intermediate-state matching: z_t -> z_tau -> x, G completions of each z_t
+        x_ref = reference(groups)  # (groups, L)
+        t = start_levels(args, groups, x_ref.device)  # (groups,)
+        levels, tau, pi = didi.draw_levels(t, args.K, *args.beta)
+        with torch.set_grad_enabled(moving):
+            z_t = didi.forward_mask(x_ref, t, mask_id)
+            x, log_prob, steps = didi.rollout(student, z_t, levels, mask_id, args.G)  # (B, L), (B,)
+        # 2. coupled time: mask x again at the same tau, and the reference at the same positions
+        level, w = (of.repeat_interleave(args.G) for of in reward_levels(args, tau, pi))  # (B,)
+        z_student = didi.forward_mask(x, level, mask_id)
+        z_ref = x_ref.repeat_interleave(args.G, 0).masked_fill(z_student == mask_id, mask_id)
+        # 3. discriminator: label 1 on the reference; half of the groups are enough to train it
+        n = (groups + 1) // 2 * args.G
+        enter = disc.enters(z_student)  # (B, L)
+        logits_ref, logits = disc(torch.cat((z_ref[:n], z_student[:n]))).chunk(2)
+        some = enter[:n]
+        disc_loss = didi.discriminator_loss(logits_ref, some, logits, some, args.smoothing)
+        (disc_loss / args.accumulate).backward()
+        # 4. reward, from the same logits and those of the other half, compared within groups
+        with torch.no_grad():
+            logits = torch.cat((logits, disc(z_student[n:])))
+        r_ref, r = didi.reward(logits_ref, some), didi.reward(logits, enter)  # (n,), (B,)
+        advantage = didi.grouped_advantage(r, args.G, eps=args.eps) if args.group_norm else r
+        row = {"disc_loss": disc_loss.item(), "r_ref": r_ref.mean().item(),
+               "r_student": r.mean().item(), "spread": r.view(-1, args.G).std(1).mean().item(),
+               "disc_acc": ((r_ref > 0).float().mean() + (r < 0).float().mean()).item() / 2}
+        # 5. student step: policy gradient, KL to the teacher, entropy bonus
+        if moving:
+            kl, entropy = regularisers(teacher, steps, args.kl_kind)
+            policy = didi.policy_loss(log_prob, advantage, w, x.shape[1])
+            ((policy + args.kl * kl - args.entropy * entropy) / args.accumulate).backward()
+            row |= {"policy": policy.item(), "kl": kl.item(), "entropy": entropy.item()}
+    row["disc_norm"] = descend(disc, nets["disc_opt"])
+    if moving:
+        row["norm"] = descend(student, nets["opt"])
     return row
 
 
 def train(args, nets, teacher, reference, data, about, step, seconds):
     """Update until --updates or --minutes are over or a signal comes; returns the exit code."""
-    device, groups = teacher.position.device, share_out("groups", args)
+    groups = share_out("groups", args)
+    if RANK > 0:  # every process its own random numbers; the first one's go on
+        torch.manual_seed(args.seed + 1000 * RANK + step)
     begin, saved, code, stop = time.perf_counter() - seconds, seconds, 0, stop_requested()
     share = share_done(args, step - args.disc_warmup, seconds)
     with open_log(args) as log, tqdm(desc="student", initial=step, disable=RANK > 0) as bar:
@@ -226,7 +211,8 @@ def train(args, nets, teacher, reference, data, about, step, seconds):
                 save_checkpoint(args.out, nets, step=step, seconds=seconds, **about)
                 saved = seconds
             if table and RANK == 0:
-                log_row(log, bar, {"step": step, **evaluate(nets["ema"], data, device)}, show=True)
+                measures = data.measures(nets["ema"], didi.sample, (4, 8, 16))
+                log_row(log, bar, {"step": step, **measures}, show=True)
             bar.update()
     return int(code)
 
@@ -244,7 +230,9 @@ def main(argv=None):
         restore(nets, ckpt)
         step, seconds = ckpt["step"], ckpt["seconds"]
     about = {"kind": "student", "config": asdict(teacher.config), "tokenizer": data.tokenizer,
-             "packed": data.packed, "flags": vars(args), "discriminator": disc_shape(args)}
+             "packed": data.packed, "flags": vars(args),
+             "discriminator": {"trainable_blocks": args.disc_blocks, "positions": args.positions,
+                               "noise_max": nets["disc"].noise_max}}
     return train(args, nets, teacher, reference, data, about, step, seconds)
 
 

@@ -1,7 +1,7 @@
 """model.py - the networks, and what the scripts share: checkpoints, device, processes, stopping.
 
 The denoiser is a bidirectional transformer. It takes no time input: how many tokens are masked
-tells the noise level (arXiv 2409.02908). To follow the method you don't have to read this file.
+tells the noise level (arXiv 2409.02908). The method does not need this file: didi.py.
 """
 import copy
 import json
@@ -31,9 +31,7 @@ class Config:
     n_embd: int = 128      # D
     causal: bool = False   # the autoregressive baseline: position i sees 0..i only
 
-    @property
-    def mask_id(self):
-        return self.vocab_size
+    mask_id = property(lambda self: self.vocab_size)
 
 
 def rotate(x, cos, sin):
@@ -146,32 +144,23 @@ class Discriminator(nn.Module):
 
 
 # ------------------------------------------------------------------------------------ checkpoints
-def is_finite(state):
-    """Are all tensors in nested dicts finite?"""
-    if isinstance(state, dict):
-        return all(map(is_finite, state.values()))
-    return not torch.is_tensor(state) or bool(state.isfinite().all())
-
-
 def save_checkpoint(path, nets, **parts):
     """Write nets, {name: module or optimiser}, and parts; a kill never leaves half a checkpoint.
 
     Raises FloatingPointError, and keeps the old file, if a weight is not finite.
     """
-    if RANK > 0:
-        return
-    states = {name: net.state_dict() for name, net in nets.items()}
-    if not is_finite(states):
-        raise FloatingPointError(f"a weight is not finite: {path} is left as it was, lower --lr")
-    rng = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
-        rng["cuda"] = torch.cuda.get_rng_state()
-    torch.save({"rng": rng, **states, **parts}, f"{path}.partial")
-    os.replace(f"{path}.partial", path)
+    for net in nets.values() if RANK == 0 else ():
+        weights = list(net.parameters()) if isinstance(net, nn.Module) else []
+        if not all(bool(p.isfinite().all()) for p in weights):
+            raise FloatingPointError(f"a weight is not finite: {path} stays as it was, lower --lr")
+    if RANK == 0:
+        states = {name: net.state_dict() for name, net in nets.items()}
+        torch.save({"rng": torch.get_rng_state(), **states, **parts}, f"{path}.partial")
+        os.replace(f"{path}.partial", path)
 
 
 def load_checkpoint(path, kinds, device="cpu", bf16=False):
-    """(checkpoint, a dict; its averaged Denoiser, frozen). Executes no code from the file.
+    """(checkpoint, its averaged Denoiser, frozen); executes no code from the file.
 
     kinds: of "teacher", "causal", "student". Raises ValueError that says what to do.
     """
@@ -192,35 +181,33 @@ def load_checkpoint(path, kinds, device="cpu", bf16=False):
 
 
 def restore(nets, ckpt):
-    """Resume nets, {name: module or optimiser}, and the random numbers. ValueError if unfit."""
+    """Load nets, {name: module or optimiser}, and the random numbers. ValueError if unfit."""
     try:
         for name, net in nets.items():
             net.load_state_dict(ckpt[name])
     except (KeyError, RuntimeError, ValueError):
         raise ValueError(f"the checkpoint's {name!r} does not fit: resume with its flags") from None
-    if RANK == 0:  # the others' random numbers are not kept
-        torch.set_rng_state(ckpt["rng"]["cpu"])
-        if torch.cuda.is_initialized() and "cuda" in ckpt["rng"]:
-            torch.cuda.set_rng_state(ckpt["rng"]["cuda"])
+    if RANK == 0:  # other processes and GPUs begin new ones
+        torch.set_rng_state(ckpt["rng"].cpu())
 
 
-# ------------------------------------------------------------------------- device and processes
+# -------------------------------------------------------------------------- device and processes
 def setup(args):
     """(device, bf16) for --device and --bf16; joins torchrun's processes; seeds. ValueError."""
     # oneDNN keeps 1,024 kernels, one for each number of masks: 6 MB more in every update
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-    cpu, cuda = torch.cpu.get_capabilities(), torch.cuda.is_available()
-    fast = {"cpu": bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))}  # where bfloat16 is
+    cpu, fast = torch.cpu.get_capabilities(), {}  # {device: is bfloat16 fast there?}, best first
+    if torch.cuda.is_available():
+        fast["cuda"] = torch.cuda.get_device_capability() >= (8, 0)
     if torch.backends.mps.is_available():
         fast["mps"] = False
-    if cuda:
-        fast["cuda"] = torch.cuda.get_device_capability() >= (8, 0)  # older ones emulate it
-    name = list(fast)[-1] if args.device == "auto" else args.device
+    fast["cpu"] = bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+    name = next(iter(fast)) if args.device == "auto" else args.device
     if name not in fast:
         raise ValueError(f"--device {name} is not available here: use auto or one of {[*fast]}")
-    if WORLD > 1 and name == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if WORLD > 1:
+        if name == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
     torch.manual_seed(args.seed)
     return torch.device(name), fast[name] if args.bf16 is None else args.bf16
@@ -228,10 +215,10 @@ def setup(args):
 
 def average_gradients(net):
     """Each gradient becomes the mean of all processes' own."""
-    grads = [p.grad for p in net.parameters() if p.grad is not None]
-    for grad in grads if WORLD > 1 else ():
-        dist.all_reduce(grad)
-        grad /= WORLD
+    for p in net.parameters() if WORLD > 1 else ():
+        if p.grad is not None:
+            dist.all_reduce(p.grad)
+            p.grad /= WORLD
 
 
 def agree(*numbers):
@@ -248,13 +235,13 @@ def update_ema(ema, model, decay):
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
-# ---------------------------------------------------------------------------- running a script
+# ------------------------------------------------------------------------------ running a script
 def share_out(name, args):
     """--NAME of one part of a batch in one process. ValueError if it isn't a whole number."""
-    total, parts = getattr(args, name), args.accumulate * WORLD
-    if total % parts:
-        raise ValueError(f"--{name} {total} must be a multiple of --accumulate x processes, {parts}")
-    return total // parts
+    parts = args.accumulate * WORLD
+    if getattr(args, name) % parts:
+        raise ValueError(f"--{name} must be a multiple of --accumulate times processes, {parts}")
+    return getattr(args, name) // parts
 
 
 def share_done(args, updates, seconds):
@@ -265,26 +252,22 @@ def share_done(args, updates, seconds):
 
 
 def open_log(args):
-    """The log beside --out, made new or, with --resume, continued. ValueError if it can't be."""
-    os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
+    """The log beside --out, made new or, with --resume, continued. ValueError for a folder."""
     if os.path.isdir(args.out):
         raise ValueError(f"--out {args.out} is a folder: name a file in it, such as student.pt")
+    os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
     path = os.devnull if RANK > 0 else args.out.removesuffix(".pt") + ".jsonl"
     return open(path, "a" if args.resume else "w", encoding="utf-8")
 
 
 def log_row(log, bar, row, show=False):
-    """Log a dict of numbers, and show it. Raises FloatingPointError if one is not finite."""
+    """Log a dict of numbers; show it. Raises FloatingPointError if one is not finite."""
     if not all(map(math.isfinite, row.values())):
-        raise FloatingPointError(f"a number is not finite at step {row['step']}: lower --lr, and "
-                                 "start again or --resume from the last checkpoint")
+        raise FloatingPointError(f"a number is not finite at step {row['step']}: lower --lr")
     log.write(json.dumps(row) + "\n")
     log.flush()
-    texts = {name: f"{value:.4g}" for name, value in row.items()}
-    if show:
-        bar.write(", ".join(map(" ".join, texts.items())))
-    else:
-        bar.set_postfix(texts)
+    text = ", ".join(f"{name} {value:.4g}" for name, value in row.items())
+    (bar.write if show else bar.set_postfix_str)(text)
 
 
 def stop_requested():

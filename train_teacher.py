@@ -80,10 +80,11 @@ def settle(args, data):
         if getattr(args, name) is None:
             setattr(args, name, value)
     if data.length not in (0, args.length):
-        raise ValueError(f"--length {args.length}, but {args.data} has rows of {data.length}: leave "
-                         "it out, or make the corpus again with another --length")
+        raise ValueError(f"--length {args.length}, but {args.data} has rows of {data.length}: "
+                         "leave it out, or make the corpus again with another --length")
     if args.n_embd % (2 * args.n_head):
-        raise ValueError(f"--n_embd {args.n_embd} must be a multiple of twice --n_head {args.n_head}")
+        raise ValueError(f"--n_embd {args.n_embd} must be a multiple of 2 --n_head {args.n_head}")
+    data.held_out(1, args.length)  # too little of it is said now, not at the first table
 
 
 def networks(args, config, device, bf16):
@@ -116,24 +117,23 @@ def bound_and_loss(model, x):
 @torch.no_grad()
 def validate(model, data, device):
     """{"val_nelbo": .., "val_ppl": .., measures of 128 samples}; always the same random numbers."""
-    L, mask_id, row = model.config.length, model.config.mask_id, {}
+    L = model.config.length
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(1234)
-        x = data.held_out(2 ** 16 // L, L).to(device)
+        x = data.held_out(max(1, 2 ** 16 // L), L).to(device)
         bounds = [bound_and_loss(model, part)[0] * len(part) for part in x.split(64)]
-        row["val_nelbo"] = sum(bounds).item() / len(x)
-        row["val_ppl"] = math.exp(row["val_nelbo"])
-        for steps in () if model.config.causal else (8, 64):
-            z = torch.full((128, L), mask_id, device=device)
-            measures = data.shown(didi.sample(model, z, steps, mask_id)[0])
-            row |= {f"{name}@{steps}": value for name, value in measures.items()}
-    return row
+    nelbo = sum(bounds).item() / len(x)
+    steps = () if model.config.causal else (8, 64)
+    return {"val_nelbo": nelbo, "val_ppl": math.exp(nelbo),
+            **data.measures(model, didi.sample, steps)}
 
 
 def train(args, nets, data, device, about, step, seconds):
     """The loop, until --updates or --minutes are over or a signal comes; returns the exit code."""
     model, L, B = nets["model"], nets["model"].config.length, share_out("batch", args)
     optimizers = [nets[name] for name in ("optimizer", "muon") if name in nets]
+    if RANK > 0:  # every process its own random numbers; the first one's go on
+        torch.manual_seed(args.seed + 1000 * RANK + step)
     begin, saved, code, stop = time.perf_counter() - seconds, seconds, 0, stop_requested()
     share = share_done(args, step, seconds)
     with open_log(args) as log, tqdm(desc=about["kind"], initial=step, disable=RANK > 0) as bar:

@@ -140,6 +140,22 @@ class Corpus:
         names = importlib.import_module(f"data.{self.maker}").SHOWN
         return {name: value for name, value in self.quality(x).items() if name in names}
 
+    @torch.no_grad()
+    def measures(self, model, sample, each, num=128):
+        """{"NAME@STEPS": value} to show of `num` samples for each number of steps.
+
+        sample(model, z, steps, mask_id) -> x and more; always the same random numbers.
+        """
+        row, device = {}, model.position.device
+        z = torch.full((num, model.config.length), model.config.mask_id, device=device)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(4321)
+            for steps in each:
+                shown = self.shown(sample(model, z, steps, model.config.mask_id)[0])
+                row |= {f"{name}@{steps}": value for name, value in shown.items()}
+        return row
+
+
 
 def window_counts(files, stride, L):
     """How many sequences of L tokens, `stride` apart, each file has."""
