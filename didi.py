@@ -34,7 +34,7 @@ def alpha(t):
 
 
 def column(t, z):
-    """Time, a float or (B,), as (1, 1) or (B, 1): it broadcasts against z (B, L)."""
+    """Time, a float or (B,), as (1, 1) or (B, 1), to go with z (B, L)."""
     return torch.as_tensor(t, dtype=torch.float32, device=z.device).reshape(-1, 1)
 
 
@@ -53,8 +53,7 @@ def low_discrepancy_times(B, device=None):
 def predict(denoiser, z, where, temperature=1.0):
     """log_p_x (n, V), float32, at the n True positions of `where`, all of them masked in z (B, L).
 
-    This is SUBS (arXiv 2406.07524): visible tokens are copied, and the mask, without a column, is
-    never predicted.
+    SUBS (arXiv 2406.07524): visible tokens are copied; the mask has no column, so is no outcome.
     """
     return F.log_softmax(denoiser(z, where).float() / temperature, dim=-1)
 
@@ -62,9 +61,8 @@ def predict(denoiser, z, where, temperature=1.0):
 def nelbo(denoiser, x, mask_id, t=None):
     """Bound of x (B, L) in nats per token, and the unweighted cross-entropy per masked token.
 
-    NELBO = E_t E_{z_t} (1/t) * sum over masked i of -log p(x_i | z_t), / L; its exponential bounds
-    the perplexity from above. The second value has the same minimiser and less noise: short runs
-    train on it. Without t (B,) > 0 the times are low-discrepancy draws.
+    NELBO = E_t E_{z_t} (1/t) * sum over masked i of -log p(x_i | z_t), / L; exp(NELBO) bounds the
+    perplexity. The second has the same minimiser and less noise: short runs train on it. t: (B,).
     """
     if t is None:
         t = low_discrepancy_times(len(x), x.device)
@@ -79,11 +77,11 @@ def nelbo(denoiser, x, mask_id, t=None):
 def draw(log_p_x, num=1):
     """num independent tokens from each row of log_p_x (n, V) -> (n, num).
 
-    By inversion of the cumulative distribution in float64: one random number a token instead of V,
-    and no tail is lost (MPS has float32 only). Raises FloatingPointError for NaN.
+    By inversion of the cumulative distribution in float64 (on MPS float32): one random number a
+    token, and no tail is lost. Raises FloatingPointError for NaN.
     """
     rows = max(1, 2 ** 27 // log_p_x.shape[1])
-    if len(log_p_x) > rows:  # of a large vocabulary a part at a time: at most 1 GiB of float64
+    if len(log_p_x) > rows:  # a part at a time: at most 1 GiB of float64
         return torch.cat([draw(part, num) for part in log_p_x.split(rows)])
     if log_p_x[:, 0].isnan().any():  # log_softmax makes a whole row NaN for one NaN or infinity
         raise FloatingPointError("the network's output is not finite: its weights have diverged, "
@@ -107,9 +105,9 @@ def reveal_positions(z, t, s, mask_id):
 def ancestral_step(denoiser, z, t, s, mask_id, temperature=1.0, choose=None):
     """One exact reverse step z_t -> z_s of z (B, L). Returns z_s and the rows called, (B,) bool.
 
-    Rows in which nothing is revealed need no network; the head runs at revealed positions only. The
-    usual categorical over V + 1 outcomes has the same law, but truncates small probabilities in
-    float32 (arXiv 2409.02908). choose(z, where, log_p_x) -> z_s replaces the independent draws.
+    Rows in which nothing is revealed need no network. The usual categorical over V + 1 outcomes
+    has the same law, but in float32 truncates small probabilities (arXiv 2409.02908).
+    choose(z, where, log_p_x) -> z_s replaces the independent draws.
     """
     reveal = reveal_positions(z, t, s, mask_id)
     called = reveal.any(dim=1)  # (B,)
@@ -135,8 +133,8 @@ def time_grid(steps):
 def sample(denoiser, z, steps, mask_id, temperature=1.0, on_step=None):
     """Fill the masks of z (B, L) in `steps` ancestral steps; visible tokens never change.
 
-    Returns x (B, L) and nfe (B,), the denoiser calls of each sequence: at most `steps`, and at most
-    its number of masks. The last step, to 0, reveals all. on_step(z_s) is called after each.
+    Returns x (B, L) and nfe (B,), denoiser calls: at most `steps`, and at most a row's number of
+    masks. The last step, to 0, reveals all. on_step(z_s) is called after each.
     """
     times = time_grid(steps)
     nfe = torch.zeros(len(z), dtype=torch.long, device=z.device)
@@ -170,9 +168,8 @@ def rollout(student, z, levels, mask_id, G):
 
     Returns x (B*G, L), the completions of a state side by side; log_prob (B*G,), over all steps the
     sum of log p(token) at the positions revealed: log p_student(x) with intermediate-state
-    matching, to which positions that stay masked contribute nothing; and per step (z, where,
-    log_p_x): states entered, their masked positions, predictions there. One forward a step serves
-    sampling, log-probability and regulariser; the first one serves all G completions.
+    matching (positions that stay masked add nothing); and per step (z, where, log_p_x): states
+    entered, their masked positions, predictions there. One forward a step serves all uses.
     """
     log_prob, steps, copies = 0, [], G
     for k in range(len(levels) - 1):
@@ -225,8 +222,7 @@ def grouped_advantage(r, G, clip=3.0, eps=1e-4):
     r = r.view(-1, G)
     r = r - r[:, :1]  # so that equal rewards are 0, whatever the rounding of their mean
     centred = r - r.mean(1, keepdim=True)
-    deviation = r.std(1, correction=0, keepdim=True)
-    return (centred / (deviation + eps)).clamp(-clip, clip).flatten()
+    return (centred / (r.std(1, correction=0, keepdim=True) + eps)).clamp(-clip, clip).flatten()
 
 
 # ------------------------------------------------------------------------------- 5. student step
@@ -237,13 +233,12 @@ def weight(t):
 
 def kl_to_teacher(log_p_student, log_p_teacher, kind):
     """KL (n,), nats, of rows (n, V): "forward" = KL(teacher || student), "reverse", "jeffreys"."""
-    if kind == "jeffreys":
-        kinds = ("forward", "reverse")
-        return sum(kl_to_teacher(log_p_student, log_p_teacher, kind) for kind in kinds) / 2
-    log_p, log_q = log_p_teacher, log_p_student
+    if kind == "forward":
+        return (log_p_teacher.exp() * (log_p_teacher - log_p_student)).sum(-1)
     if kind == "reverse":
-        log_p, log_q = log_q, log_p
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+        return kl_to_teacher(log_p_teacher, log_p_student, "forward")
+    both = (kl_to_teacher(log_p_student, log_p_teacher, k) for k in ("forward", "reverse"))
+    return sum(both) / 2
 
 
 def entropy(log_p_x):
@@ -260,8 +255,7 @@ def policy_loss(log_prob, advantage, w, L):
 def tilted(z, where, log_p_x, discriminator, h):
     """z_s (B, L): draws at `where`, n positions of z, from log_p_x (n, V) + h * d r(z_s)/d x_i.
 
-    The derivative is taken at p(x_i | z_t), the mean of the one-hot tokens: h = 1 is the first-
-    order form of p_student * exp(r), the reference's own step. Where masks stay, it sees masks.
+    Derived at p(x_i | z_t), the mean token: h = 1 is p_student * exp(r) to first order.
     """
     probs = log_p_x.exp().detach().requires_grad_()
     shown = z.masked_fill(where, 0)  # which token stands at `where` does not matter
@@ -288,8 +282,8 @@ def guided_sample(denoiser, discriminator, z, steps, mask_id, h=1.0, M=4, switch
                   temperature=1.0):
     """RGAS: tilt in the first `switch` share of the guided steps, re-rank in the rest.
 
-    z (B, L) -> x (B, L), nfe (B,), calls (B,). A step to a level that the discriminator does not
-    know is a plain one. calls: its passes per sequence, 1 (with backward) or M in a guided step.
+    z (B, L) -> x (B, L), nfe (B,), and calls (B,), the discriminator's passes: 1 (with backward) or
+    M in a guided step. A step to a level that it does not know is a plain one.
     """
     tilt = functools.partial(tilted, discriminator=discriminator, h=h)
     rerank = functools.partial(reranked, discriminator=discriminator, M=M)

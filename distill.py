@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 import didi
 from data import corpus
-from model import (RANK, SAVE_EVERY, Discriminator, agree, average_gradients,
-                   load_checkpoint, log_row, open_log, restore, run_script, save_checkpoint, setup,
-                   share_done, share_out, stop_requested, update_ema)
+from model import (FRACTION, FROM_0, FROM_1, RANK, RATE, SAVE_EVERY, SHARE, WEIGHT, Discriminator,
+                   agree, average_gradients, load_checkpoint, log_row, open_log, restore,
+                   run_script, save_checkpoint, setup, share_done, share_out, stop_requested,
+                   update_ema)
 
 # What the paper does, at our size: rollouts from all masks, groups of 4, coupled time, 1/t weights,
 # both regularisers. Its learning rate is 1e-6 for 169 M parameters; 6e-4, the default's, made the
@@ -30,47 +31,50 @@ PAPER = {"mask_share": 1.0, "groups": 32, "G": 4, "coupled": True, "w": True, "p
          "reference": "teacher", "eps": 1e-4, "lr": 1e-4}
 
 
-def parse_flags(argv=None):
-    p = argparse.ArgumentParser(description="Distil the teacher into a few-step student.")
-    add, on_off = p.add_argument, argparse.BooleanOptionalAction
+def add_method_flags(add, on_off=argparse.BooleanOptionalAction):
     add("--paper", action="store_true", help="the paper's setting; flags given still win over it")
     # 1. rollout
-    add("--groups", type=int, default=16, help="groups per update")
-    add("--G", type=int, default=8, help="samples per group")
-    add("--K", type=int, default=2, help="steps of a rollout; 1: no intermediate-state matching")
-    add("--beta", type=float, nargs=2, default=(1.0, 1.0), help="a, b of tau/t ~ Beta(a, b)")
-    add("--mask_share", type=float, default=0.5, help="share of groups that begin all masked ..")
-    add("--t_range", type=float, nargs=2, default=(0.2, 1.0), help=".. or as data noised at U(..)")
+    add("--groups", type=FROM_1, default=16, help="groups per update")
+    add("--G", type=FROM_1, default=8, help="samples per group")
+    add("--K", type=FROM_1, default=2, help="steps of a rollout; 1: no intermediate-state matching")
+    add("--beta", type=RATE, nargs=2, default=(1.0, 1.0), help="a, b of tau/t ~ Beta(a, b)")
+    add("--mask_share", type=SHARE, default=0.5, help="share of groups that begin all masked ..")
+    add("--t_range", type=FRACTION, nargs=2, default=(0.2, 1.0), help=".. or as data at U(..)")
     # 2. and 3. noising and discriminator
     add("--reference", choices=("data", "teacher"), default="data", help="what has label 1")
     add("--coupled", action=on_off, default=False, help="noise x at the rollout's tau, or else ..")
-    add("--noise_max", type=float, default=0.35, help=".. at a level uniform in [0, this]")
+    add("--noise_max", type=FRACTION, default=0.35, help=".. at a level uniform in [0, this]")
     add("--positions", choices=("masked", "all"), default="all", help="whose logits count")
-    add("--smoothing", type=float, default=0.0, help="label e: the logit's bound is log((1 - e)/e)")
-    add("--disc_blocks", type=int, default=3, help="last trunk blocks that train")
-    add("--disc_lr", type=float, default=3e-4, help="its learning rate (1e-3 ruins the trunk)")
-    add("--disc_warmup", type=int, default=100, help="updates of the discriminator alone, at first")
+    add("--smoothing", type=SHARE, default=0.0, help="label e: the logit's bound is log((1 - e)/e)")
+    add("--disc_blocks", type=FROM_0, default=3, help="last trunk blocks that train")
+    add("--disc_lr", type=RATE, default=3e-4, help="its learning rate (1e-3 ruins the trunk)")
+    add("--disc_warmup", type=FROM_0, default=100, help="updates of the discriminator alone")
     # 4. reward and 5. student
     add("--group_norm", action=on_off, default=True, help="advantages; off: the bare reward")
-    add("--eps", type=float, default=0.1, help="A = (r - mean)/(std + eps): even groups count less")
+    add("--eps", type=RATE, default=0.1, help="A = (r - mean)/(std + eps): even groups count less")
     add("--w", action=on_off, default=False, help="weight 1/t at the level t of the reward")
     add("--pi", action=on_off, default=False, help="divide by pi(t), the density t was drawn from")
-    add("--kl", type=float, default=0.09, help="weight of the KL to the teacher, per masked token")
+    add("--kl", type=WEIGHT, default=0.09, help="weight of the KL to the teacher, per masked token")
     add("--kl_kind", choices=("forward", "reverse", "jeffreys"), default="reverse",
         help="forward = KL(teacher || student)")
-    add("--entropy", type=float, default=0.0, help="weight of the entropy bonus, per masked token")
-    add("--lr", type=float, default=6e-4, help="student's learning rate; falls to a tenth")
-    add("--ema", type=float, default=0.97, help="decay of the weight average that is sampled")
-    # the run
-    add("--updates", type=int, default=480, help="updates of the student")
+    add("--entropy", type=WEIGHT, default=0.0, help="weight of the entropy bonus, per masked token")
+    add("--lr", type=RATE, default=6e-4, help="student's learning rate; falls to a tenth")
+    add("--ema", type=SHARE, default=0.97, help="decay of the weight average that is sampled")
+
+
+def parse_flags(argv=None):
+    p = argparse.ArgumentParser(description="Distil the teacher into a few-step student.")
+    add = p.add_argument
+    add_method_flags(add)
+    add("--updates", type=FROM_1, default=480, help="updates of the student")
     add("--teacher", default="out/teacher.pt", help="checkpoint of train_teacher.py")
     add("--data", help="corpus folder [the teacher's]")
-    add("--minutes", type=float, help="stop then, the schedule fitted to it, whatever --updates is")
-    add("--accumulate", type=int, default=1, help="parts of the groups, one by one: less memory")
-    add("--eval_every", type=int, default=40, help="updates between tables and checkpoints")
+    add("--minutes", type=RATE, help="stop then, the schedule fitted to it, whatever --updates is")
+    add("--accumulate", type=FROM_1, default=1, help="parts of the groups, one by one: less memory")
+    add("--eval_every", type=FROM_1, default=40, help="updates between tables and checkpoints")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
-    add("--bf16", action=on_off, help="bfloat16 products [where fast]")
-    add("--seed", type=int, default=0, help="repeats a run exactly on a CPU")
+    add("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 products [where fast]")
+    add("--seed", type=FROM_0, default=0, help="repeats a run exactly on a CPU")
     add("--out", default="out/student.pt", help="checkpoint, the log beside it as .jsonl")
     add("--resume", action="store_true", help="go on from --out; its flags if not given again")
     args, ckpt = p.parse_args(argv), None
@@ -79,7 +83,10 @@ def parse_flags(argv=None):
         p.set_defaults(**ckpt["flags"] | {"out": args.out})
     elif args.paper:
         p.set_defaults(**PAPER)
-    return p.parse_args(argv), ckpt
+    args = p.parse_args(argv)
+    if args.G == 1 and args.group_norm:
+        raise ValueError("--G 1: a group of one has nothing to compare: add --no-group_norm")
+    return args, ckpt
 
 
 def networks(args, teacher):
@@ -172,9 +179,10 @@ def update(args, nets, teacher, reference, groups, moving):
             logits = torch.cat((logits, disc(z_student[n:])))
         r_ref, r = didi.reward(logits_ref, some), didi.reward(logits, enter)  # (n,), (B,)
         advantage = didi.grouped_advantage(r, args.G, eps=args.eps) if args.group_norm else r
-        row = {"disc_loss": disc_loss.item(), "r_ref": r_ref.mean().item(),
-               "r_student": r.mean().item(), "spread": r.view(-1, args.G).std(1).mean().item(),
-               "disc_acc": ((r_ref > 0).float().mean() + (r < 0).float().mean()).item() / 2}
+        right = (r_ref > 0).float().mean() + (r < 0).float().mean()
+        row = {"disc_loss": disc_loss.item(), "disc_acc": right.item() / 2,
+               "r_ref": r_ref.mean().item(), "r_student": r.mean().item(),
+               "spread": r.view(-1, args.G).std(1, correction=0).mean().item()}
         # 5. student step: policy gradient, KL to the teacher, entropy bonus
         if moving:
             kl, entropy = regularisers(teacher, steps, args.kl_kind)
@@ -182,8 +190,7 @@ def update(args, nets, teacher, reference, groups, moving):
             ((policy + args.kl * kl - args.entropy * entropy) / args.accumulate).backward()
             row |= {"policy": policy.item(), "kl": kl.item(), "entropy": entropy.item()}
     row["disc_norm"] = descend(disc, nets["disc_opt"])
-    if moving:
-        row["norm"] = descend(student, nets["opt"])
+    row["norm"] = descend(student, nets["opt"]) if moving else 0.0
     return row
 
 
@@ -194,7 +201,8 @@ def train(args, nets, teacher, reference, data, about, step, seconds):
         torch.manual_seed(args.seed + 1000 * RANK + step)
     begin, saved, code, stop = time.perf_counter() - seconds, seconds, 0, stop_requested()
     share = share_done(args, step - args.disc_warmup, seconds)
-    with open_log(args) as log, tqdm(desc="student", initial=step, disable=RANK > 0) as bar:
+    total = None if args.minutes else args.disc_warmup + args.updates
+    with open_log(args) as log, tqdm(total=total, initial=step, disable=RANK > 0) as bar:
         while share < 1 and not code:
             moving = step >= args.disc_warmup
             nets["opt"].param_groups[0]["lr"] = args.lr * (1 - 0.9 * share)
@@ -224,6 +232,9 @@ def main(argv=None):
     if args.data is None:
         args.data = made["flags"]["data"]
     data = corpus.load(args.data)
+    if (data.tokenizer, data.packed) != (made["tokenizer"], made["packed"]):
+        raise ValueError(f"{args.teacher} was trained on {made['flags']['data']}, and {args.data} "
+                         "has other tokens: give the same corpus with --data")
     reference = make_reference(args, data, teacher)
     nets, step, seconds = networks(args, teacher), 0, 0.0
     if ckpt:

@@ -3,13 +3,14 @@
 The denoiser is a bidirectional transformer. It takes no time input: how many tokens are masked
 tells the noise level (arXiv 2409.02908). The method does not need this file: didi.py.
 """
+import argparse
 import copy
 import json
 import math
 import os
 import signal
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -115,7 +116,9 @@ class Discriminator(nn.Module):
 
     def __init__(self, teacher, trainable_blocks, positions="all", noise_max=1.0):
         super().__init__()
-        D, first = teacher.config.n_embd, max(len(teacher.blocks) - trainable_blocks, 0)
+        D, first = teacher.config.n_embd, len(teacher.blocks) - trainable_blocks
+        if not 0 <= first <= len(teacher.blocks):
+            raise ValueError(f"--disc_blocks is at most the teacher's {len(teacher.blocks)} blocks")
         self.positions, self.noise_max = positions, noise_max  # whose logits count; trained up to
         self.body = copy.deepcopy(teacher).requires_grad_(False)
         self.body.out = nn.Identity()
@@ -236,6 +239,19 @@ def update_ema(ema, model, decay):
 
 
 # ------------------------------------------------------------------------------ running a script
+def between(low, high, kind=float):
+    """A type for argparse: numbers from low to high."""
+    def number(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
+        return kind(text)
+    return number
+
+
+FROM_0, FROM_1 = between(0, 10 ** 9, int), between(1, 10 ** 9, int)
+WEIGHT, RATE, SHARE, FRACTION = (between(*at) for at in ((0, 1e6), (1e-9, 1e6), (0, 1), (1e-6, 1)))
+
+
 def share_out(name, args):
     """--NAME of one part of a batch in one process. ValueError if it isn't a whole number."""
     parts = args.accumulate * WORLD
@@ -286,6 +302,8 @@ def run_script(main):
     """Run main() and exit with its code; what the user can mend is one line on stderr and 2."""
     try:
         code = main()
+        if code and RANK == 0:
+            print(f"\nstopped, all is saved: go on with python {' '.join(sys.argv)} --resume")
         if WORLD > 1:
             dist.barrier()  # the first process may still be writing
             os._exit(code or 0)  # an interpreter torn down may be aborted by gloo's threads

@@ -4,10 +4,9 @@
     python sample.py --model out/teacher.pt --steps 64       # what the student learnt from
     python sample.py --prompt "def load(" --watch            # the text unmasks before your eyes
     python sample.py --infill "def get_????(self, ????):"    # each ? is one unknown character
-    python sample.py --sampler rgas                          # guided by the discriminator
 
 A masked-diffusion model is conditioned by not masking what is given, wherever it stands. Left out
-on purpose: top-k and top-p (they too lower the entropy, and --temperature is enough for that).
+on purpose: top-k and top-p (they lower the entropy, as --temperature does).
 """
 import argparse
 import math
@@ -21,34 +20,32 @@ from tqdm import tqdm
 
 import didi
 from data import corpus
-from model import Discriminator, load_checkpoint, restore, run_script, setup
+from model import (FROM_0, FROM_1, RATE, SHARE, WEIGHT, Discriminator, load_checkpoint, restore,
+                   run_script, setup)
 
 
 def parse_flags(argv=None):
     p = argparse.ArgumentParser(description="Sample from the student or the teacher.")
     add = p.add_argument
     add("--model", default="out/student.pt", help="checkpoint of distill.py or train_teacher.py")
-    add("--steps", type=int, default=8, help="N, the most denoiser calls that a sequence takes")
-    add("--num", type=int, default=16, help="samples")
-    add("--temperature", type=float, default=1.0, help="divides the logits; 1 = the model's law")
+    add("--steps", type=FROM_1, default=8, help="N, the most denoiser calls that a sequence takes")
+    add("--num", type=FROM_1, default=16, help="samples")
+    add("--temperature", type=RATE, default=1.0, help="divides the logits; 1 = the model's law")
     add("--prompt", default="", help="a fixed beginning; the rest is written")
     add("--infill", help="fixed text with gaps; what follows it is free")
     add("--gap", default="?", help="the character of --infill that stands for one unknown")
-    add("--length", type=int, help="texts of exactly so many characters")
+    add("--length", type=FROM_1, help="texts of exactly so many characters")
     add("--watch", action="store_true", help="show every step; best with --num 1 to 10")
     add("--sampler", choices=("ancestral", "rgas"), default="ancestral", help="rgas: guided")
-    add("--guidance", type=float, default=1.0, help="h, weight of the reward's gradient in rgas")
-    add("--candidates", type=int, default=4, help="M, next states to choose from in rgas")
-    add("--switch", type=float, default=0.5, help="share of guided steps that use the gradient")
-    add("--batch", type=int, default=256, help="B, sequences at once: as memory allows")
+    add("--guidance", type=WEIGHT, default=1.0, help="h, weight of the reward's gradient in rgas")
+    add("--candidates", type=FROM_1, default=4, help="M, next states to choose from in rgas")
+    add("--switch", type=SHARE, default=0.5, help="share of guided steps that use the gradient")
+    add("--batch", type=FROM_1, default=256, help="B, sequences at once: as memory allows")
     add("--out", help="write the samples there, too; as FASTA if it ends in .fasta or .fa")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 products [where fast]")
-    add("--seed", type=int, default=0, help="repeats the samples exactly on a CPU")
+    add("--seed", type=FROM_0, default=0, help="repeats the samples exactly on a CPU")
     args = p.parse_args(argv)
-    if min(args.steps, args.num, args.batch, args.candidates) < 1 or not args.temperature > 0:
-        raise ValueError("--steps, --num, --batch and --candidates are at least 1, and "
-                         "--temperature is above 0")
     if args.watch and args.sampler == "rgas":
         raise ValueError("--watch shows the ancestral sampler only: leave out --sampler rgas")
     return args
@@ -102,15 +99,15 @@ def watcher(steps, mask_id, encoding, packed):
     def as_line(ids):
         if not packed and encoding.eot_token in ids:
             ids = ids[:ids.index(encoding.eot_token)]
-        shown = ["\u2591" if i == mask_id else printable(encoding.decode([i])) for i in ids]
-        return "".join(shown)
+        texts = ["\u2591" if i == mask_id else printable(encoding.decode([i])) for i in ids]
+        return "".join(texts)
 
     def on_step(z):
         frames.append(z)
         lines = [f"step {len(frames)}/{steps}", *map(as_line, z[:rows - 2].tolist())]
-        if live:  # a wrapped line would spoil the redrawing; the cursor goes back up
-            lines = [line[:columns - 1] for line in lines]
-            print("\x1b[J" + "\n".join(lines) + f"\n\x1b[{len(lines)}A", end="", flush=True)
+        if live:  # over the frame before; a wrapped line would spoil that
+            up = f"\x1b[{len(lines)}A\x1b[J" if len(frames) > 1 else ""
+            print(up + "\n".join(line[:columns - 1] for line in lines), flush=True)
             time.sleep(0.3)
         else:
             print(": ".join(lines[:2]), flush=True)
@@ -149,8 +146,6 @@ def main(argv=None):
     denoiser = forbid_end(net, never_end, encoding.eot_token)
     on_step = watcher(args.steps, mask_id, encoding, packed) if args.watch else None
     x, nfe, calls = write(args, net, disc, denoiser, z.repeat(args.num, 1), on_step)
-    if args.watch and sys.stdout.isatty():
-        print("\x1b[J", end="")
     print(f"{args.model}: {args.steps} steps, {args.sampler}, temperature {args.temperature:g}, "
           f"seed {args.seed}; per text {nfe.float().mean():.2f} denoiser and "
           f"{calls.float().mean():.2f} discriminator calls")

@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 import didi
 from data import corpus
-from model import (RANK, SAVE_EVERY, Config, Denoiser, agree, average_gradients, load_checkpoint,
-                   log_row, open_log, restore, run_script, save_checkpoint, setup, share_done,
-                   share_out, stop_requested, update_ema)
+from model import (FROM_0, FROM_1, RANK, RATE, SAVE_EVERY, SHARE, Config, Denoiser, agree,
+                   average_gradients, load_checkpoint, log_row, open_log, restore, run_script,
+                   save_checkpoint, setup, share_done, share_out, stop_requested, update_ema)
 
 # The default in minutes on two CPU cores; a good model in 10 minutes of a GPU; the paper's network.
 SIZES = {
@@ -43,23 +43,23 @@ def parse_flags(argv=None):
     add("--data", default=corpus.DEFAULT, help="corpus folder, see data/README.md [signatures]")
     add("--causal", action="store_true", help="train the autoregressive baseline and judge instead")
     add("--size", choices=SIZES, default="nano", help="what all that is in [] below is by default")
-    add("--length", type=int, help="L, tokens per sequence of packed text [128; 256; 1024]")
-    add("--n_layer", type=int, help="transformer blocks [3; 6; 12]")
-    add("--n_head", type=int, help="H, attention heads [4; 6; 12]")
-    add("--n_embd", type=int, help="D, width, a multiple of 2 H [128; 384; 768]")
-    add("--updates", type=int, help="optimiser steps [1700; 10000; 100000]")
-    add("--batch", type=int, help="B, sequences per update [64; 256; 512]")
-    add("--lr", type=float, help="peak: after warm-up a cosine to a tenth [2e-3; 1e-3; 3e-4]")
-    add("--warmup", type=int, help="updates of linear warm-up [100; 300; 2000]")
+    add("--length", type=FROM_1, help="L, tokens per sequence of packed text [128; 256; 1024]")
+    add("--n_layer", type=FROM_1, help="transformer blocks [3; 6; 12]")
+    add("--n_head", type=FROM_1, help="H, attention heads [4; 6; 12]")
+    add("--n_embd", type=FROM_1, help="D, width, a multiple of 2 H [128; 384; 768]")
+    add("--updates", type=FROM_1, help="optimiser steps [1700; 10000; 100000]")
+    add("--batch", type=FROM_1, help="B, sequences per update [64; 256; 512]")
+    add("--lr", type=RATE, help="peak: after warm-up a cosine to a tenth [2e-3; 1e-3; 3e-4]")
+    add("--warmup", type=FROM_0, help="updates of linear warm-up [100; 300; 2000]")
     add("--muon", action="store_true", help="Muon for the blocks' matrices; wants 4 times the --lr")
-    add("--ema", type=float, default=0.995, help="decay of the weight average that is distilled")
+    add("--ema", type=SHARE, default=0.995, help="decay of the weight average that is distilled")
     add("--compile", action="store_true", help="torch.compile of the trunk [on CUDA with Triton]")
-    add("--minutes", type=float, help="stop then, the schedule fitted to it, whatever --updates is")
-    add("--accumulate", type=int, default=1, help="parts of a batch, one by one: less memory")
-    add("--eval_every", type=int, default=425, help="updates between tables and checkpoints")
+    add("--minutes", type=RATE, help="stop then, the schedule fitted to it, whatever --updates is")
+    add("--accumulate", type=FROM_1, default=1, help="parts of a batch, one by one: less memory")
+    add("--eval_every", type=FROM_1, default=425, help="updates between tables and checkpoints")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 products [where fast]")
-    add("--seed", type=int, default=0, help="repeats a run exactly on a CPU")
+    add("--seed", type=FROM_0, default=0, help="repeats a run exactly on a CPU")
     add("--out", help="checkpoint, the log beside it as .jsonl [out/teacher.pt, out/causal.pt]")
     add("--resume", action="store_true", help="go on from --out; its flags if not given again")
     kind = "causal" if p.parse_args(argv).causal else "teacher"
@@ -136,7 +136,8 @@ def train(args, nets, data, device, about, step, seconds):
         torch.manual_seed(args.seed + 1000 * RANK + step)
     begin, saved, code, stop = time.perf_counter() - seconds, seconds, 0, stop_requested()
     share = share_done(args, step, seconds)
-    with open_log(args) as log, tqdm(desc=about["kind"], initial=step, disable=RANK > 0) as bar:
+    total = None if args.minutes else args.updates
+    with open_log(args) as log, tqdm(total=total, initial=step, disable=RANK > 0) as bar:
         while share < 1 and not code:
             warm = min((step + 1) / max(args.warmup, 1), 1)
             lr = args.lr * warm * (0.55 + 0.45 * math.cos(math.pi * share))
