@@ -21,7 +21,7 @@ import torch
 from data import corpus
 from model import run_script
 
-SHOWN = ("valid", "entropy", "length")  # what the tables of training show
+SHOWN = ("valid", "entropy", "length", "ks")  # what the tables of training show
 SIGNATURE = re.compile(r"^[ \t]*(def [A-Za-z_]\w*\(.*\).*:)(?:[ \t]*\.\.\.)?[ \t]*$",
                        re.MULTILINE | re.ASCII)
 NOT_SOURCES = ("site-packages", "dist-packages", "__pycache__")

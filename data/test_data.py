@@ -336,7 +336,7 @@ def test_signatures_of_samples(lines):
     counts = [torch.tensor(list(collections.Counter(s).values())).float() for s in texts[:4]]
     exact = sum(Categorical(c).entropy().item() for c in counts) / 5
     assert q["entropy"] == pytest.approx(exact, abs=1e-5)
-    assert data.shown(x) == {name: q[name] for name in ("valid", "entropy", "length")}
+    assert data.shown(x) == {name: q[name] for name in ("valid", "entropy", "length", "ks")}
 
 
 # ---------------------------------------------------------------------------------------- proteins

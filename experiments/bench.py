@@ -24,7 +24,7 @@ import train_teacher
 from data import corpus
 from experiments import common
 from experiments.autoregressive import until_end
-from model import Config, Denoiser, load_checkpoint, run_script, setup, update_ema
+from model import Config, Denoiser, load_checkpoint, run_script, setup, share_out, update_ema
 
 # bfloat16, dense, FLOP/s, by the makers (SXM where there is one)
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12, "4090": 165e12}
@@ -132,10 +132,10 @@ def distillation_update(args, device, bf16):
         args.data = made["flags"]["data"]
     data = corpus.load(args.data)
     reference = distill.make_reference(args, data, teacher)
-    nets = distill.networks(args, teacher)
+    nets, groups = distill.networks(args, teacher), share_out("groups", args)
 
     def step():
-        distill.update(args, nets, teacher, reference, args.groups, True)
+        distill.update(args, nets, teacher, reference, groups, True)
         update_ema(nets["ema"], nets["model"], args.ema)
     return step, args.groups * args.G * teacher.config.length
 
