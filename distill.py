@@ -202,7 +202,7 @@ def train(args, nets, teacher, reference, data, about, step, seconds):
     begin, saved, code, stop = time.perf_counter() - seconds, seconds, 0, stop_requested()
     share = share_done(args, step - args.disc_warmup, seconds)
     total = None if args.minutes else args.disc_warmup + args.updates
-    with open_log(args) as log, tqdm(total=total, initial=step, disable=RANK > 0) as bar:
+    with open_log(args) as log, tqdm(None, args.out, total, initial=step, disable=RANK > 0) as bar:
         while share < 1 and not code:
             moving = step >= args.disc_warmup
             nets["opt"].param_groups[0]["lr"] = args.lr * (1 - 0.9 * share)

@@ -282,7 +282,8 @@ def log_row(log, bar, row, show=False):
         raise FloatingPointError(f"a number is not finite at step {row['step']}: lower --lr")
     log.write(json.dumps(row) + "\n")
     log.flush()
-    text = ", ".join(f"{name} {value:.4g}" for name, value in row.items())
+    few = [name for name in row if show or name in ("loss", "nelbo", "disc_acc", "spread", "kl")]
+    text = ", ".join(f"{name} {row[name]:.4g}" for name in few)
     (bar.write if show else bar.set_postfix_str)(text)
 
 

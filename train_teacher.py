@@ -137,7 +137,7 @@ def train(args, nets, data, device, about, step, seconds):
     begin, saved, code, stop = time.perf_counter() - seconds, seconds, 0, stop_requested()
     share = share_done(args, step, seconds)
     total = None if args.minutes else args.updates
-    with open_log(args) as log, tqdm(total=total, initial=step, disable=RANK > 0) as bar:
+    with open_log(args) as log, tqdm(None, args.out, total, initial=step, disable=RANK > 0) as bar:
         while share < 1 and not code:
             warm = min((step + 1) / max(args.warmup, 1), 1)
             lr = args.lr * warm * (0.55 + 0.45 * math.cos(math.pi * share))
