@@ -17,6 +17,7 @@ import train_teacher
 from data import corpus
 from experiments import autoregressive, common, evaluate, table
 from experiments.autoregressive import autoregress, until_end
+from test_didi import check_law
 
 torch.set_num_threads(1)
 LENGTH = 16  # of the tiny corpus' rows
@@ -27,19 +28,6 @@ HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 
 
 # ------------------------------------------------------------------------------------ a tiny world
-def check_law(drawn, law):
-    """Chi-square of drawn indices (n,) against law (S,); false alarm 10^-6 (Wilson-Hilferty)."""
-    counts = torch.bincount(drawn, minlength=len(law)).double()
-    expected = law.double() * len(drawn)
-    assert counts[law == 0].sum() == 0, "drew something impossible"
-    rare, most = expected < 10, expected.argmax()
-    for cells in (counts, expected):
-        cells[most] += cells[rare].sum()
-    df = int((~rare).sum()) - 1
-    chi2 = ((counts - expected) ** 2 / expected)[~rare].sum()
-    assert df > 0 and chi2 < df * (1 - 2 / (9 * df) + 4.75 * (2 / (9 * df)) ** 0.5) ** 3
-
-
 def network(V, L, causal=False, seed=0):
     """A random Denoiser far from uniform."""
     torch.manual_seed(seed)

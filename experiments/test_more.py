@@ -16,7 +16,7 @@ import model
 import train_teacher
 from data import corpus
 from experiments import ablate, animate, bench, sdtt
-from experiments.test_experiments import check_law
+from test_didi import check_law
 
 torch.set_num_threads(1)
 V, MASK, L = 3, 3, 2
