@@ -144,6 +144,7 @@ first_run() {
             python sample.py --steps 8
         )
     ) 2>&1 | tail -21 > $results/first_run.txt
+    grep -h valid@8 out/first/out/{teacher,student}.jsonl > $results/first_tables.jsonl
 }
 
 case $1 in
