@@ -156,7 +156,6 @@ class Corpus:
         return row
 
 
-
 def window_counts(files, stride, L):
     """How many sequences of L tokens, `stride` apart, each file has."""
     return np.array([max(0, (len(tokens) - L) // stride + 1) for tokens in files])

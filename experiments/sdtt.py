@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 import didi
+import distill
 from data import corpus
 from model import (load_checkpoint, log_row, open_log, run_script, save_checkpoint, setup,
                    stop_requested, update_ema)
@@ -71,10 +72,7 @@ def update(args, student, teacher, optimizer, x, steps):
     log_p_x = didi.predict(student, z_t, z_t == mask_id)  # (n, V)
     kl = didi.kl_to_teacher(log_p_x, target, args.kl_kind).sum() / max(len(target), 1)
     kl.backward()
-    norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-    return {"kl": kl.item(), "norm": norm.item()}
+    return {"kl": kl.item(), "norm": distill.descend(student, optimizer)}
 
 
 def train(args, teacher, data):
