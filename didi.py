@@ -8,7 +8,8 @@ level, are distributed like a reference: it minimises an integral of KL(q_studen
 q_reference(z_t)) over t. Text is discrete, so the gradient is a policy gradient; the log density
 ratio in it comes from a discriminator.
 
-x, z_t, mask_id   clean tokens (B, L); the same masked at level t; the mask token, id V
+x, z_t, mask_id   clean tokens (B, L); the same masked at level t; the mask token
+pad_id            fills short texts up to L; never masked, never predicted; -1 if there is none
 t, tau, s         diffusion time in [0, 1], 1 = all masked: a float or (B,)
 log_p_x           log p(x_i | z_t) after SUBS (n, V), at n positions picked out of (B, L)
 B, L, V, G, K     sequences, tokens of each, vocabulary without the mask, group, rollout's steps
@@ -16,8 +17,8 @@ Sign: a reward is always maximised. The discriminator has label 1 on the referen
 estimates r(z_t) = log q_reference(z_t) - log q_student(z_t), and the student ascends r.
 
 The networks are passed in: denoiser(z (B, L), where (B, L) bool) -> logits (n, V) at the n True
-positions; discriminator(z) -> logits (B, L), .soft(z, where, probs (n, V)) the same for soft
-tokens, .enters(z) -> (B, L) bool, the positions that count, .knows(s) -> was it trained at level s?
+positions; discriminator(z) -> logits (B, L), with (.., where, probs (n, V)) the same for soft
+tokens, .enters(z) -> (B, L) bool, the positions that count.
 Random numbers come from torch's global generator: seed with torch.manual_seed.
 """
 import functools
@@ -38,10 +39,10 @@ def column(t, z):
     return torch.as_tensor(t, dtype=torch.float32, device=z.device).reshape(-1, 1)
 
 
-def forward_mask(x, t, mask_id):
-    """Draw z_t ~ q(z_t | x): each token of x (B, L) is masked with probability 1 - alpha_t."""
+def forward_mask(x, t, mask_id, pad_id=-1):
+    """Draw z_t ~ q(z_t | x): each token of x (B, L) but pads is masked with chance 1 - alpha_t."""
     hidden = torch.rand(x.shape, device=x.device) < 1 - alpha(column(t, x))
-    return x.masked_fill(hidden, mask_id)
+    return x.masked_fill(hidden & (x != pad_id), mask_id)
 
 
 def low_discrepancy_times(B, device=None):
@@ -58,27 +59,27 @@ def predict(denoiser, z, where, temperature=1.0):
     return F.log_softmax(denoiser(z, where).float() / temperature, dim=-1)
 
 
-def nelbo(denoiser, x, mask_id, t=None):
-    """Bound of x (B, L) in nats per token, and the unweighted cross-entropy per masked token.
+def nelbo(denoiser, x, mask_id, pad_id=-1, t=None):
+    """Bound of x (B, L), nats per text token, and the unweighted cross-entropy per masked token.
 
-    NELBO = E_t E_{z_t} (1/t) * sum over masked i of -log p(x_i | z_t), / L; exp(NELBO) bounds the
-    perplexity. The second has the same minimiser and less noise: short runs train on it. t: (B,).
+    NELBO = E_t E_{z_t} (1/t) * sum over masked i of -log p(x_i | z_t): of p(x | length). The second
+    has the same minimiser and less noise: short runs train on it. t: (B,).
     """
     if t is None:
         t = low_discrepancy_times(len(x), x.device)
-    z = forward_mask(x, t, mask_id)
+    z = forward_mask(x, t, mask_id, pad_id)
     where = z == mask_id  # (B, L)
     nll = -predict(denoiser, z, where).gather(1, x[where][:, None])[:, 0]  # (n,)
     weighted = nll / t[where.nonzero()[:, 0]]  # (n,)
-    return weighted.sum() / x.numel(), nll.sum() / max(len(nll), 1)
+    return weighted.sum() / (x != pad_id).sum(), nll.sum() / max(len(nll), 1)
 
 
 # -------------------------------------------------------------------------------------- sampling
 def draw(log_p_x, num=1):
     """num independent tokens from each row of log_p_x (n, V) -> (n, num).
 
-    By inversion of the cumulative distribution in float64 (on MPS float32): one random number a
-    token, and no tail is lost. Raises FloatingPointError for NaN.
+    By inversion of the cumulative distribution in float64: one random number a token, and no tail
+    is lost. Raises FloatingPointError for NaN.
     """
     rows = max(1, 2 ** 27 // log_p_x.shape[1])
     if len(log_p_x) > rows:  # a part at a time: at most 1 GiB of float64
@@ -86,9 +87,8 @@ def draw(log_p_x, num=1):
     if log_p_x[:, 0].isnan().any():  # log_softmax makes a whole row NaN for one NaN or infinity
         raise FloatingPointError("the network's output is not finite: its weights have diverged, "
                                  "train with a lower --lr")
-    dtype = torch.float32 if log_p_x.device.type == "mps" else torch.float64
-    cdf = log_p_x.exp().cumsum(-1, dtype=dtype)
-    u = torch.rand(len(cdf), num, dtype=dtype, device=cdf.device) * cdf[:, -1:]
+    cdf = log_p_x.exp().cumsum(-1, dtype=torch.float64)
+    u = torch.rand(len(cdf), num, dtype=torch.float64, device=cdf.device) * cdf[:, -1:]
     return torch.searchsorted(cdf, u, right=True).clamp(max=cdf.shape[1] - 1)  # first cdf > u
 
 
@@ -226,6 +226,9 @@ def grouped_advantage(r, G, clip=3.0, eps=1e-4):
 
 
 # ------------------------------------------------------------------------------- 5. student step
+KL_KINDS = ("forward", "reverse", "jeffreys")
+
+
 def weight(t):
     """w(t) = -alpha'_t/(1 - alpha_t) = 1/t, clipped to [.1, 10]."""
     return (1 / t).clamp(0.1, 10)
@@ -247,7 +250,7 @@ def entropy(log_p_x):
 
 
 def policy_loss(log_prob, advantage, w, L):
-    """Its negative gradient is E[w * A * grad log p_student(x)], per token; all inputs (B*G,)."""
+    """Its negative gradient is E[w * A * grad log p_student(x)] / L; inputs (B*G,); L, a mean."""
     return -(w * advantage.detach() * log_prob).mean() / L
 
 
@@ -260,7 +263,7 @@ def tilted(z, where, log_p_x, discriminator, h):
     probs = log_p_x.exp().detach().requires_grad_()
     shown = z.masked_fill(where, 0)  # which token stands at `where` does not matter
     with torch.enable_grad():
-        logits = discriminator.soft(shown, where, probs).float()
+        logits = discriminator(shown, where, probs).float()
         r = pool(logits, discriminator.enters(shown))
         grad, = torch.autograd.grad(r.sum(), probs)
     return z.masked_scatter(where, draw(F.log_softmax(log_p_x + h * grad, -1)))
@@ -280,20 +283,17 @@ def reranked(z, where, log_p_x, discriminator, M):
 @torch.no_grad()
 def guided_sample(denoiser, discriminator, z, steps, mask_id, h=1.0, M=4, switch=0.5,
                   temperature=1.0):
-    """RGAS: tilt in the first `switch` share of the guided steps, re-rank in the rest.
+    """RGAS: tilt in the first `switch` share of the steps, re-rank in the rest.
 
-    z (B, L) -> x (B, L), nfe (B,), and calls (B,), the discriminator's passes: 1 (with backward) or
-    M in a guided step. A step to a level that it does not know is a plain one.
+    z (B, L) -> x (B, L), nfe (B,), and calls (B,), the discriminator's passes: 1 (with backward) in
+    a step that tilts, M in one that re-ranks.
     """
     tilt = functools.partial(tilted, discriminator=discriminator, h=h)
     rerank = functools.partial(reranked, discriminator=discriminator, M=M)
-    times = time_grid(steps)
-    guided = [s for s in times[1:] if discriminator.knows(s)]
-    plan = {s: (rerank, M) for s in guided}
-    plan |= {s: (tilt, 1) for s in guided[:math.ceil(switch * len(guided))]}
+    times, tilts = time_grid(steps), math.ceil(switch * steps)
+    plan = [(tilt, 1)] * tilts + [(rerank, M)] * (steps - tilts)
     nfe, calls = torch.zeros(2, len(z), dtype=torch.long, device=z.device)
-    for t, s in zip(times[:-1], times[1:]):
-        choose, passes = plan.get(s, (None, 0))
+    for t, s, (choose, passes) in zip(times[:-1], times[1:], plan):
         z, called = ancestral_step(denoiser, z, t, s, mask_id, temperature, choose)
         nfe += called
         calls += called * passes

@@ -1,15 +1,10 @@
-"""model.py - the networks, and what the scripts share: checkpoints, device, processes, stopping.
+"""model.py - the networks, and what the training scripts share: checkpoints, device, processes.
 
 The denoiser is a bidirectional transformer. It takes no time input: how many tokens are masked
 tells the noise level (arXiv 2409.02908). The method does not need this file: didi.py.
 """
-import argparse
 import copy
-import json
-import math
 import os
-import signal
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -19,20 +14,20 @@ import torch.nn.functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
-SAVE_EVERY = 600  # seconds between checkpoints where tables are rarer
 
 
 @dataclass(frozen=True)
 class Config:
     """The network's shape; stored in every checkpoint."""
-    vocab_size: int = 257  # V: the tokenizer's tokens; the mask is one more, id V
+    vocab_size: int = 257  # the tokenizer's tokens; the mask is one more
     length: int = 48       # L, tokens per sequence
     n_layer: int = 3
     n_head: int = 4        # H
     n_embd: int = 128      # D
     causal: bool = False   # the autoregressive baseline: position i sees 0..i only
-
+    pads: bool = False     # rows of short texts, each filled up with the tokenizer's last token
     mask_id = property(lambda self: self.vocab_size)
+    pad_id = property(lambda self: self.vocab_size - 1 if self.pads else -1)  # -1: there is none
 
 
 def rotate(x, cos, sin):
@@ -43,7 +38,6 @@ def rotate(x, cos, sin):
 
 class Block(nn.Module):
     """Pre-norm transformer block."""
-
     def __init__(self, config):
         super().__init__()
         D = config.n_embd
@@ -54,7 +48,7 @@ class Block(nn.Module):
 
     def forward(self, h, cos, sin):
         B, L, D = h.shape
-        qkv = self.qkv(self.norm1(h)).view(B, L, 3, self.n_head, -1)
+        qkv = self.qkv(self.norm1(h)).view(B, L, 3, self.n_head, D // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, L, D/H) each
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         dtype = v.dtype if v.is_cuda else torch.float32  # bfloat16 attention is slow on a CPU
@@ -62,38 +56,37 @@ class Block(nn.Module):
             q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
             a = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         h = h + self.proj(a.transpose(1, 2).reshape(B, L, D))
-        return h + self.down(F.gelu(self.up(self.norm2(h))))
+        return h + self.down(F.gelu(self.up(self.norm2(h)), approximate="tanh"))
 
 
 class Denoiser(nn.Module):
-    """z (B, L), values 0..V (V = mask) -> logits over the V tokens; the mask has no column."""
-    bf16 = False  # autocast of matrix products; weights, residuals, softmax and losses: float32
+    """z (B, L) -> logits over V tokens: all but the mask, and, unless it is causal, the pad.
 
+    The buffer `lengths` (L + 1,) is the distribution of the texts' lengths: the length comes first.
+    """
+    bf16 = False  # autocast of matrix products; weights, residuals, softmax and losses: float32
     def __init__(self, config):
         super().__init__()
-        self.config = config
-        D, L, V = config.n_embd, config.length, config.vocab_size
-        self.embed = nn.Embedding(V + 1, D)  # the last row is the mask
-        self.position = nn.Parameter(torch.empty(L, D))
+        self.config, D, L = config, config.n_embd, config.length
+        V = config.pad_id if config.pads and not config.causal else config.vocab_size
+        self.embed = nn.Embedding(config.vocab_size + 1, D)  # the last row is the mask
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = nn.LayerNorm(D)
-        padding = -V % 64 if V > 1024 else 0  # columns that make a wide product fast, and are cut
-        self.out = nn.Linear(D, V + padding, bias=False)
+        self.norm, self.out = nn.LayerNorm(D), nn.Linear(D, V)
         half = D // config.n_head // 2
-        angle = torch.outer(torch.arange(L), 1e4 ** (-torch.arange(0, 2 * half, 2) / (2 * half)))
+        angle = torch.outer(torch.arange(L), 1e4 ** (-torch.arange(half) / half))
         self.register_buffer("cos", angle.cos(), persistent=False)  # (L, D/H/2)
         self.register_buffer("sin", angle.sin(), persistent=False)
+        self.register_buffer("lengths", F.one_hot(torch.tensor(L)).float())
         std = 0.57 / D ** 0.5  # .05 at D = 128: sooner off the unigram plateau; .02 at D = 768
         for name, p in self.named_parameters():
-            if name.endswith(("proj.weight", "down.weight")):
+            if name.endswith(("proj.weight", "down.weight")):  # what is added to the residual
                 nn.init.normal_(p, std=std / (2 * config.n_layer) ** 0.5)
             elif p.dim() == 2:
                 nn.init.normal_(p, std=std)
 
-    def trunk(self, e):
-        """Embedded, perhaps soft, tokens e (B, L, D) -> hidden states (B, L, D)."""
-        L = e.shape[1]
-        h = e + self.position[:L]
+    def trunk(self, h):
+        """Embedded, perhaps soft, tokens h (B, L, D) -> hidden states (B, L, D)."""
+        L = h.shape[1]
         with torch.autocast(h.device.type, torch.bfloat16, enabled=self.bf16):
             for block in self.blocks:
                 h = block(h, self.cos[:L], self.sin[:L])
@@ -105,21 +98,24 @@ class Denoiser(nn.Module):
         if where is not None:
             h = h[where]  # the head, the widest matrix, runs only there
         with torch.autocast(h.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.out(h)[..., :self.config.vocab_size]
+            return self.out(h)
+
+    def draw_lengths(self, n):
+        """(n,) random lengths, distributed as the training texts'."""
+        return torch.multinomial(self.lengths, n, replacement=True)
+
+    def start(self, lengths):
+        """States (n, L) to sample texts of these lengths (n,) from: masks, after them pads."""
+        after = torch.arange(self.config.length, device=lengths.device) >= lengths[:, None]
+        return torch.where(after, self.config.pad_id, self.config.mask_id)
 
 
 class Discriminator(nn.Module):
-    """A copy of the *loaded* teacher, frozen but for its last blocks, with a spectral-norm head.
-
-    One logit per position: log q_reference(z_t) - log q_student(z_t) at its optimum.
-    """
-
-    def __init__(self, teacher, trainable_blocks, positions="all", noise_max=1.0):
+    """A copy of the *loaded* teacher, frozen but for its last blocks, with a spectral-norm head:
+    one logit per position, log q_reference(z_t) - log q_student(z_t) at its optimum."""
+    def __init__(self, teacher, trainable_blocks):
         super().__init__()
-        D, first = teacher.config.n_embd, len(teacher.blocks) - trainable_blocks
-        if not 0 <= first <= len(teacher.blocks):
-            raise ValueError(f"--disc_blocks is at most the teacher's {len(teacher.blocks)} blocks")
-        self.positions, self.noise_max = positions, noise_max  # whose logits count; trained up to
+        D, first = teacher.config.n_embd, max(len(teacher.blocks) - trainable_blocks, 0)
         self.body = copy.deepcopy(teacher).requires_grad_(False)
         self.body.out = nn.Identity()
         self.body.blocks[first:].requires_grad_(True)
@@ -127,23 +123,16 @@ class Discriminator(nn.Module):
         self.score = nn.Sequential(spectral_norm(nn.Linear(D, D)), nn.GELU(),
                                    spectral_norm(nn.Linear(D, 1)))
 
-    def forward(self, z):
-        """z (B, L) -> logits (B, L)."""
-        return self.score(self.body.trunk(self.body.embed(z))).squeeze(-1)
-
-    def soft(self, z, where, probs):
-        """The same with soft tokens, probs (n, V), at the n True positions of `where`."""
+    def forward(self, z, where=None, probs=None):
+        """z (B, L) -> logits (B, L); tokens at n True positions of `where` soft: probs (n, V)."""
         e = self.body.embed(z)  # (B, L, D)
-        e[where] = (probs @ self.body.embed.weight[:-1]).to(e.dtype)
+        if where is not None:
+            e[where] = (probs @ self.body.embed.weight[:probs.shape[1]]).to(e.dtype)
         return self.score(self.body.trunk(e)).squeeze(-1)
 
     def enters(self, z):
-        """(B, L) bool: the positions of z whose logits enter the loss and the reward."""
-        return (z == self.body.config.mask_id) | (self.positions == "all")
-
-    def knows(self, s):
-        """Was it trained on states at level s? With masked positions alone it is blind at 0."""
-        return s <= self.noise_max and (self.positions == "all" or s > 0)
+        """(B, L) bool: the positions of z whose logits enter the loss and the reward: no pads."""
+        return z != self.body.config.pad_id
 
 
 # ------------------------------------------------------------------------------------ checkpoints
@@ -152,14 +141,14 @@ def save_checkpoint(path, nets, **parts):
 
     Raises FloatingPointError, and keeps the old file, if a weight is not finite.
     """
-    for net in nets.values() if RANK == 0 else ():
-        weights = list(net.parameters()) if isinstance(net, nn.Module) else []
-        if not all(bool(p.isfinite().all()) for p in weights):
+    if RANK > 0:
+        return
+    for name in ("model", "ema"):
+        if not all(bool(p.isfinite().all()) for p in nets[name].parameters()):
             raise FloatingPointError(f"a weight is not finite: {path} stays as it was, lower --lr")
-    if RANK == 0:
-        states = {name: net.state_dict() for name, net in nets.items()}
-        torch.save({"rng": torch.get_rng_state(), **states, **parts}, f"{path}.partial")
-        os.replace(f"{path}.partial", path)
+    states = {name: net.state_dict() for name, net in nets.items()}
+    torch.save({"rng": torch.get_rng_state(), **states, **parts}, f"{path}.partial")
+    os.replace(f"{path}.partial", path)
 
 
 def load_checkpoint(path, kinds, device="cpu", bf16=False):
@@ -168,30 +157,33 @@ def load_checkpoint(path, kinds, device="cpu", bf16=False):
     kinds: of "teacher", "causal", "student". Raises ValueError that says what to do.
     """
     maker = "distill.py" if "student" in kinds else "train_teacher.py"
-    if not os.path.isfile(path):
-        raise ValueError(f"no checkpoint at {path}: make it with `python {maker}`")
     try:
         ckpt = torch.load(path, map_location=device, weights_only=True)
         found, net = ckpt["kind"], Denoiser(Config(**ckpt["config"])).to(device)
         net.load_state_dict(ckpt["ema"])
     except Exception as e:  # a foreign file can fail in any way: OSError, EOFError, KeyError ..
-        raise ValueError(f"{path} is truncated, of another version, or no checkpoint of this "
-                         f"project ({type(e).__name__}): make it again") from None
+        raise ValueError(f"{path} is missing, damaged, of another version or no checkpoint "
+                         f"({type(e).__name__}): make it again with `python {maker}`") from None
     if found not in kinds:
         raise ValueError(f"{path} holds a {found}, but a {kinds[0]} is needed here")
     net.bf16 = bf16
     return ckpt, net.eval().requires_grad_(False)
 
 
-def restore(nets, ckpt):
-    """Load nets, {name: module or optimiser}, and the random numbers. ValueError if unfit."""
+def restore(nets, ckpt, path):
+    """Load nets, {name: module or optimiser}, and the random numbers. Returns (step, seconds).
+
+    Raises ValueError if they are of another shape.
+    """
     try:
         for name, net in nets.items():
             net.load_state_dict(ckpt[name])
     except (KeyError, RuntimeError, ValueError):
-        raise ValueError(f"the checkpoint's {name!r} does not fit: resume with its flags") from None
+        raise ValueError(f"{path}: its {name!r} does not fit: resume with its own flags, or make "
+                         "it again") from None
     if RANK == 0:  # other processes and GPUs begin new ones
         torch.set_rng_state(ckpt["rng"].cpu())
+    return ckpt["step"], ckpt["seconds"]
 
 
 # -------------------------------------------------------------------------- device and processes
@@ -202,8 +194,6 @@ def setup(args):
     cpu, fast = torch.cpu.get_capabilities(), {}  # {device: is bfloat16 fast there?}, best first
     if torch.cuda.is_available():
         fast["cuda"] = torch.cuda.get_device_capability() >= (8, 0)
-    if torch.backends.mps.is_available():
-        fast["mps"] = False
     fast["cpu"] = bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
     name = next(iter(fast)) if args.device == "auto" else args.device
     if name not in fast:
@@ -224,97 +214,7 @@ def average_gradients(net):
             p.grad /= WORLD
 
 
-def agree(*numbers):
-    """The largest of each over all processes, so that they all do the same."""
-    x = torch.tensor(numbers, dtype=torch.float64)
-    if WORLD > 1:
-        dist.all_reduce(x, dist.ReduceOp.MAX)
-    return x.tolist()
-
-
 @torch.no_grad()
 def update_ema(ema, model, decay):
     """ema = decay * ema + (1 - decay) * model, parameter by parameter, in place."""
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-
-
-# ------------------------------------------------------------------------------ running a script
-def between(low, high, kind=float):
-    """A type for argparse: numbers from low to high."""
-    def number(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
-        return kind(text)
-    return number
-
-
-FROM_0, FROM_1 = between(0, 10 ** 9, int), between(1, 10 ** 9, int)
-WEIGHT, RATE, SHARE, FRACTION = (between(*at) for at in ((0, 1e6), (1e-9, 1e6), (0, 1), (1e-6, 1)))
-
-
-def share_out(name, args):
-    """--NAME of one part of a batch in one process. ValueError if it isn't a whole number."""
-    parts = args.accumulate * WORLD
-    if getattr(args, name) % parts:
-        raise ValueError(f"--{name} must be a multiple of --accumulate times processes, {parts}")
-    return getattr(args, name) // parts
-
-
-def share_done(args, updates, seconds):
-    """How much of the training is done, 0 to 1: of --minutes if they are given, or of --updates."""
-    if args.minutes is not None:
-        return min(seconds / (60 * args.minutes), 1.0)
-    return min(max(updates, 0) / args.updates, 1.0)
-
-
-def open_log(args):
-    """The log beside --out, made new or, with --resume, continued. ValueError for a folder."""
-    if os.path.isdir(args.out):
-        raise ValueError(f"--out {args.out} is a folder: name a file in it, such as student.pt")
-    os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
-    path = os.devnull if RANK > 0 else args.out.removesuffix(".pt") + ".jsonl"
-    return open(path, "a" if args.resume else "w", encoding="utf-8")
-
-
-def log_row(log, bar, row, show=False):
-    """Log a dict of numbers; show it. Raises FloatingPointError if one is not finite."""
-    if not all(map(math.isfinite, row.values())):
-        raise FloatingPointError(f"a number is not finite at step {row['step']}: lower --lr")
-    log.write(json.dumps(row) + "\n")
-    log.flush()
-    few = [name for name in row if show or name in ("loss", "nelbo", "disc_acc", "spread", "kl")]
-    text = ", ".join(f"{name} {row[name]:.4g}" for name in few)
-    (bar.write if show else bar.set_postfix_str)(text)
-
-
-def stop_requested():
-    """From now on Ctrl-C and SIGTERM let the step end: a function, 0 until then, 130 or 143."""
-    seen = [0]
-
-    def handler(number, frame):
-        seen.append(128 + number)
-        signal.signal(number, signal.SIG_DFL)  # a second one stops at once
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
-    return lambda: seen[-1]
-
-
-def run_script(main):
-    """Run main() and exit with its code; what the user can mend is one line on stderr and 2."""
-    try:
-        code = main()
-        if code and RANK == 0:
-            print(f"\nstopped, all is saved: go on with python {' '.join(sys.argv)} --resume")
-        if WORLD > 1:
-            dist.barrier()  # the first process may still be writing
-            os._exit(code or 0)  # an interpreter torn down may be aborted by gloo's threads
-    except BrokenPipeError:  # `| head` has seen enough
-        os._exit(0)
-    except KeyboardInterrupt:
-        code = 130
-    except (ValueError, FloatingPointError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        code = 2
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a notebook goes on
-    sys.exit(code)

@@ -9,7 +9,6 @@ A masked-diffusion model is conditioned by not masking what is given, wherever i
 on purpose: top-k and top-p (they lower the entropy, as --temperature does).
 """
 import argparse
-import math
 import os
 import shutil
 import sys
@@ -20,8 +19,8 @@ from tqdm import tqdm
 
 import didi
 from data import corpus
-from model import (FROM_0, FROM_1, RATE, SHARE, WEIGHT, Discriminator, load_checkpoint, restore,
-                   run_script, setup)
+from data.command import FROM_1, RATE, SHARE, WEIGHT, add_device_flags, run_script
+from model import Discriminator, load_checkpoint, restore, setup
 
 
 def parse_flags(argv=None):
@@ -32,9 +31,9 @@ def parse_flags(argv=None):
     add("--num", type=FROM_1, default=16, help="samples")
     add("--temperature", type=RATE, default=1.0, help="divides the logits; 1 = the model's law")
     add("--prompt", default="", help="a fixed beginning; the rest is written")
-    add("--infill", help="fixed text with gaps; what follows it is free")
+    add("--infill", help="fixed text with gaps, the whole of it; packed text goes on behind it")
     add("--gap", default="?", help="the character of --infill that stands for one unknown")
-    add("--length", type=FROM_1, help="texts of exactly so many characters")
+    add("--length", type=FROM_1, help="texts of so many tokens [as long as training texts are]")
     add("--watch", action="store_true", help="show every step; best with --num 1 to 10")
     add("--sampler", choices=("ancestral", "rgas"), default="ancestral", help="rgas: guided")
     add("--guidance", type=WEIGHT, default=1.0, help="h, weight of the reward's gradient in rgas")
@@ -42,17 +41,15 @@ def parse_flags(argv=None):
     add("--switch", type=SHARE, default=0.5, help="share of guided steps that use the gradient")
     add("--batch", type=FROM_1, default=256, help="B, sequences at once: as memory allows")
     add("--out", help="write the samples there, too; as FASTA if it ends in .fasta or .fa")
-    add("--device", default="auto", help="auto, cpu, cuda or mps")
-    add("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 products [where fast]")
-    add("--seed", type=FROM_0, default=0, help="repeats the samples exactly on a CPU")
+    add_device_flags(add)
     args = p.parse_args(argv)
     if args.watch and args.sampler == "rgas":
         raise ValueError("--watch shows the ancestral sampler only: leave out --sampler rgas")
     return args
 
 
-def given_tokens(args, L, mask_id, encoding, packed):
-    """z (L,): what is given, masks elsewhere; and (L,) bool: where the text must not end."""
+def given_tokens(args, encoding, mask_id):
+    """The tokens that --prompt or --infill fix, a list, with the mask's id at the gaps."""
     text, gap = args.prompt, None
     if args.infill is not None:
         text, gap = args.infill, args.gap
@@ -65,42 +62,44 @@ def given_tokens(args, L, mask_id, encoding, packed):
     ids = encoding.encode_ordinary(first)
     for piece in others:
         ids += [mask_id, *encoding.encode_ordinary(piece)]
-    end = L if args.length is None else args.length
-    if packed and end != L:
-        raise ValueError("--length is for texts that end: this model writes whole passages")
-    if not max(len(ids), 1) <= end <= L:
-        raise ValueError(f"{len(ids)} tokens are given for a text of {end}, and the model writes "
-                         f"at most {L}: shorten --prompt or --infill, or change --length")
-    z = torch.full((L,), mask_id)
-    z[:len(ids)] = torch.tensor(ids, dtype=torch.long)
-    z[end:] = encoding.eot_token
-    never_end = torch.arange(L) < (len(ids) if args.length is None else end)
-    return z, never_end & (not packed)
+    return ids
 
 
-def forbid_end(denoiser, never_end, eot):
-    """The same denoiser, unable to end the text at the True positions of never_end (L,)."""
-    def constrained(z, where):
-        logits = denoiser(z, where)  # (n, V)
-        logits[never_end.to(z.device).expand_as(where)[where], eot] = -math.inf
-        return logits
-    return constrained
+def start_states(args, net, ids):
+    """z (num, L): the tokens given, masks up to each text's length, pads behind it.
+
+    The length comes first: --length, or that of the --infill template, or at random one of the
+    training texts' that leaves room for the prompt. Packed text always fills the passage.
+    """
+    given, length, L, pads = max(len(ids), 1), args.length, net.config.length, net.config.pads
+    if length is not None and (args.infill is not None or not pads):
+        raise ValueError("--length: leave it out, for a template of --infill is as long as it is, "
+                         "and packed text fills its passage")
+    if args.infill is not None and pads:
+        length = given
+    shares = net.lengths.cpu()  # (L + 1,)
+    if length is not None:
+        shares = (torch.arange(L + 1) == length).float()
+    if not shares[given:].any():
+        raise ValueError(f"{len(ids)} tokens are given, and texts have at most --length, {L}, or "
+                         "what training texts had: shorten what is given, or change --length")
+    z = net.start(given + torch.multinomial(shares[given:], args.num, replacement=True))
+    z[:, :len(ids)] = torch.tensor(ids, dtype=torch.long)
+    return z
 
 
-def printable(text):
-    """A young model writes any byte; none may steer the terminal."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+def printable(text, keep=""):
+    """A young model writes any byte; none but these may steer the terminal."""
+    return "".join(c if c.isprintable() or c in keep else "\ufffd" for c in text)
 
 
-def watcher(steps, mask_id, encoding, packed):
+def watcher(steps, config, encoding):
     """on_step(z) that redraws the texts on a terminal; elsewhere it prints the first, a line."""
     live, (columns, rows), frames = sys.stdout.isatty(), shutil.get_terminal_size(), []
 
     def as_line(ids):
-        if not packed and encoding.eot_token in ids:
-            ids = ids[:ids.index(encoding.eot_token)]
-        texts = ["\u2591" if i == mask_id else printable(encoding.decode([i])) for i in ids]
-        return "".join(texts)
+        shown = {i: printable(encoding.decode([i])) for i in ids if 0 <= i < config.mask_id}
+        return "".join(map((shown | {config.mask_id: "\u2591", config.pad_id: ""}).get, ids))
 
     def on_step(z):
         frames.append(z)
@@ -114,17 +113,17 @@ def watcher(steps, mask_id, encoding, packed):
     return on_step
 
 
-def write(args, net, disc, denoiser, z, on_step):
+def write(args, net, disc, z, on_step):
     """Fill the masks of z (N, L): x (N, L), denoiser calls (N,), discriminator calls (N,)."""
     mask_id, T, parts = net.config.mask_id, args.temperature, []
     for part in tqdm(z.split(args.batch), unit="batch", delay=2, disable=args.watch):
-        part = part.to(net.position.device)
+        part = part.to(net.lengths.device)
         if disc is None:
-            x, nfe = didi.sample(denoiser, part, args.steps, mask_id, T, on_step)
+            x, nfe = didi.sample(net, part, args.steps, mask_id, T, on_step)
             parts.append((x, nfe, torch.zeros_like(nfe)))
         else:
-            parts.append(didi.guided_sample(denoiser, disc, part, args.steps, mask_id,
-                                            args.guidance, args.candidates, args.switch, T))
+            parts.append(didi.guided_sample(net, disc, part, args.steps, mask_id, args.guidance,
+                                            args.candidates, args.switch, T))
     return [torch.cat(column).cpu() for column in zip(*parts)]
 
 
@@ -132,26 +131,22 @@ def main(argv=None):
     args = parse_flags(argv)
     device, bf16 = setup(args)
     ckpt, net = load_checkpoint(args.model, ("student", "teacher"), device, bf16)
-    made_of = name, packed = ckpt["tokenizer"], ckpt["packed"]
-    encoding, disc = corpus.make_tokenizer(name), None
+    encoding, packed, disc = corpus.make_tokenizer(ckpt["tokenizer"]), not net.config.pads, None
     if args.sampler == "rgas":
         if "disc" not in ckpt:
             raise ValueError(f"{args.model} has no discriminator, which --sampler rgas needs")
-        disc = Discriminator(net, **ckpt["discriminator"]).to(device)
-        restore({"disc": disc}, ckpt)
+        disc = Discriminator(net, ckpt["disc_blocks"]).to(device)
+        restore({"disc": disc}, ckpt, args.model)
         disc.eval().requires_grad_(False)  # at rest: spectral norm must not go on iterating
         torch.manual_seed(args.seed)
-    L, mask_id = net.config.length, net.config.mask_id
-    z, never_end = given_tokens(args, L, mask_id, encoding, packed)
-    denoiser = forbid_end(net, never_end, encoding.eot_token)
-    on_step = watcher(args.steps, mask_id, encoding, packed) if args.watch else None
-    x, nfe, calls = write(args, net, disc, denoiser, z.repeat(args.num, 1), on_step)
-    print(f"{args.model}: {args.steps} steps, {args.sampler}, temperature {args.temperature:g}, "
-          f"seed {args.seed}; per text {nfe.float().mean():.2f} denoiser and "
-          f"{calls.float().mean():.2f} discriminator calls")
-    texts = [text.split("\n") if packed else [text] for text in corpus.decode(x, *made_of)]
-    texts = ["\n".join(map(printable, lines)) for lines in texts]
-    print(("\n---\n" if packed else "\n").join(texts))
+    z = start_states(args, net, given_tokens(args, encoding, net.config.mask_id))
+    on_step = watcher(args.steps, net.config, encoding) if args.watch else None
+    x, nfe, calls = write(args, net, disc, z, on_step)
+    print(f"{args.model}: {args.steps} steps, {args.sampler}, T {args.temperature:g}; per text "
+          f"{nfe.float().mean():.2f} denoiser, {calls.float().mean():.2f} discriminator calls")
+    between, keep = ("\n---\n", "\n") if packed else ("\n", "")
+    texts = [printable(text, keep) for text in corpus.decode(x, ckpt["tokenizer"], packed)]
+    print(between.join(texts))
     if args.out is not None:
         if args.out.endswith((".fasta", ".fa")):
             texts = [f">didi_{i + 1} {args.model}\n{text}" for i, text in enumerate(texts)]

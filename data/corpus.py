@@ -92,10 +92,30 @@ class Corpus:
         """The training texts of a corpus of rows, a set."""
         return set(self.rows(self.train))
 
+    @property
+    def pad_id(self):
+        """The token that fills rows up to their length, or -1 where texts are packed."""
+        return -1 if self.packed else make_tokenizer(self.tokenizer).eot_token
+
+    def length_shares(self, L):
+        """(L + 1,): the share of training sequences that have so many tokens of text."""
+        if self.packed:
+            return torch.nn.functional.one_hot(torch.tensor(L), L + 1).float()
+        counts = np.zeros(L + 1)
+        for tokens in self.train:
+            lengths = (tokens.reshape(-1, L) != self.pad_id).sum(1)
+            counts += np.bincount(lengths, minlength=L + 1)
+        return torch.from_numpy(counts / counts.sum()).float()
+
+    @functools.cached_property
+    def val_texts(self):
+        """The validation texts of a corpus of rows."""
+        return self.rows(self.val)
+
     @functools.cached_property
     def val_lengths(self):
         """The lengths of the validation texts of a corpus of rows, characters."""
-        return [len(text) for text in self.rows(self.val)]
+        return [len(text) for text in self.val_texts]
 
     def rows(self, files):
         """All texts of a split of a corpus of rows."""
@@ -146,10 +166,10 @@ class Corpus:
 
         sample(model, z, steps, mask_id) -> x and more; always the same random numbers.
         """
-        row, device = {}, model.position.device
-        z = torch.full((num, model.config.length), model.config.mask_id, device=device)
+        row, device = {}, model.lengths.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(4321)
+            z = model.start(model.draw_lengths(num))
             for steps in each:
                 shown = self.shown(sample(model, z, steps, model.config.mask_id)[0])
                 row |= {f"{name}@{steps}": value for name, value in shown.items()}
@@ -318,10 +338,15 @@ def refuse_existing(folder):
 
 
 # ----------------------------------------------------------------- measures that the makers share
+def entropy(counts):
+    """Entropy, nats, of a Counter as a distribution; 0 if it is empty."""
+    total = counts.total()
+    return -sum(n / total * math.log(n / total) for n in counts.values())
+
+
 def unigram_entropy(s):
     """Entropy of the characters (or tokens) within one text, nats."""
-    counts = collections.Counter(s).values()
-    return -sum(n / len(s) * math.log(n / len(s)) for n in counts)
+    return entropy(collections.Counter(s))
 
 
 def ngrams(texts, n):
@@ -334,13 +359,28 @@ def divergence(a, b):
     """Jensen-Shannon divergence, nats, of two Counters as distributions; ln 2 if one is empty."""
     if not a or not b:
         return math.log(2)
-    total = 0.0
+    total, n, m = 0.0, a.total(), b.total()
     for item in a.keys() | b.keys():
-        p, q = a[item] / a.total(), b[item] / b.total()
+        p, q = a[item] / n, b[item] / m
         for share in (p, q):
             if share:
                 total += share / 2 * math.log(2 * share / (p + q))
     return total
+
+
+def total_variation(ours, theirs):
+    """Half of the summed differences of the shares in two Counters, 0 to 1."""
+    n, m = ours.total(), theirs.total()
+    return sum(abs(ours[key] / n - theirs[key] / m) for key in ours | theirs) / 2
+
+
+def post_stratified(good, cells, theirs):
+    """What the mean of `good`, a bool a text, would be if texts fell in cells as theirs (Counter).
+
+    A cell in which there is no text counts as bad: what is avoided is not done well.
+    """
+    count, right = collections.Counter(cells), collections.Counter(itertools.compress(cells, good))
+    return sum(theirs[c] * right[c] / count[c] for c in count) / theirs.total()
 
 
 def ks(ours, theirs):

@@ -15,7 +15,7 @@ import sys
 import zlib
 
 from data import corpus
-from model import run_script
+from data.command import run_script
 
 SHOWN = ("entropy", "length", "ks", "js2")  # what the tables of training show
 K, SAME = 5, 0.5  # a sequence is novel if no training sequence has half of its 5-mers
@@ -87,7 +87,7 @@ def kmer_index(data):
 @functools.lru_cache(maxsize=2)
 def val_composition(data, n):
     """Counter of the n-mers of the validation sequences."""
-    return corpus.ngrams(data.rows(data.val), n)
+    return corpus.ngrams(data.val_texts, n)
 
 
 def best_match(text, index):

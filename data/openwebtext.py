@@ -18,7 +18,7 @@ import urllib.request
 from tqdm import tqdm
 
 from data import corpus, text
-from model import run_script
+from data.command import run_script
 
 URL = ("https://huggingface.co/datasets/Skylion007/openwebtext/resolve/"
        "b3166bc19fbae165867d7f4965dc52279d1e9f40/urlsf_subset{:02d}.tar")

@@ -8,6 +8,8 @@ Python's parser accept them?
 """
 import argparse
 import ast
+import collections
+import functools
 import importlib.util
 import os
 import platform
@@ -19,11 +21,12 @@ import numpy as np
 import torch
 
 from data import corpus
-from model import run_script
+from data.command import run_script
 
-SHOWN = ("valid", "entropy", "length", "ks")  # what the tables of training show
+SHOWN = ("valid", "post", "tv", "js3")  # what the tables of training show
 SIGNATURE = re.compile(r"^[ \t]*(def [A-Za-z_]\w*\(.*\).*:)(?:[ \t]*\.\.\.)?[ \t]*$",
                        re.MULTILINE | re.ASCII)
+ANNOTATION = re.compile(r"[(,]\s*\**\w+\s*:")  # of an argument
 NOT_SOURCES = ("site-packages", "dist-packages", "__pycache__")
 
 
@@ -69,21 +72,51 @@ def prepare(folder=corpus.DEFAULT, length=48):
     return corpus.write_rows(folder, texts, "signatures", "bytes", length, made_from)
 
 
-def quality(x, data):
-    """Measures of samples x (B, L), each an average over the samples, as a dict.
+def kind(text):
+    """What makes a line hard: (has a return type, has a default or an annotation)."""
+    return "->" in text, "=" in text or bool(ANNOTATION.search(text))
 
-    valid: share that the parser accepts; novel: share not in the training set; distinct: unique
-    texts / B; length: mean characters, with length_sd and ks, the Kolmogorov-Smirnov distance of
-    the lengths from the validation texts'; entropy: unigram entropy within a text, nats.
+
+def features(text):
+    """A cell of those that `tv` counts texts in: six things that one sees at a glance."""
+    return ("->" in text, "=" in text, bool(ANNOTATION.search(text)), "(self" in text,
+            min(text.count(","), 2), text.lower() != text)
+
+
+@functools.lru_cache(maxsize=1)
+def real(data):
+    """Counters of the validation texts' kinds, features and 3-grams."""
+    texts = data.val_texts
+    kinds, cells = collections.Counter(map(kind, texts)), collections.Counter(map(features, texts))
+    return kinds, cells, corpus.ngrams(texts, 3)
+
+
+def quality(x, data):
+    """Measures of samples x (B, L) as a dict; post, tv, js3 and ks compare with validation texts.
+
+    valid: share that the parser accepts; post: the same, post-stratified: if the samples were of
+    each `kind` as often as people's lines are; tv: total variation of the `features`' joint cells;
+    js3: Jensen-Shannon divergence of pooled 3-grams, nats; ks: Kolmogorov-Smirnov distance of the
+    lengths; returns, hints, methods: shares of texts with `->`, with an annotation, with `(self`;
+    novel: share not in the training set; distinct: unique texts / B; length: mean characters, with
+    length_sd; entropy: unigram entropy within a text, mean, nats. tv, js3, ks and distinct depend
+    on B: compare with as many real lines.
     """
     texts = data.decode(x)
-    lengths = [len(s) for s in texts]
-    return {"valid": sum(map(is_signature, texts)) / len(texts),
-            "novel": sum(s not in data.known for s in texts) / len(texts),
+    good, cells = list(map(is_signature, texts)), list(map(features, texts))
+    lengths, shares = list(map(len, texts)), np.mean(cells, axis=0).tolist()
+    known = [s for s in texts if s in data.known]
+    kinds, their_cells, their_ngrams = real(data)
+    return {"valid": good.count(True) / len(texts),
+            "post": corpus.post_stratified(good, list(map(kind, texts)), kinds),
+            "tv": corpus.total_variation(collections.Counter(cells), their_cells),
+            "js3": corpus.divergence(corpus.ngrams(texts, 3), their_ngrams),
+            "ks": corpus.ks(lengths, data.val_lengths),
+            "returns": shares[0], "hints": shares[2], "methods": shares[3],
+            "novel": 1 - len(known) / len(texts),
             "distinct": len(set(texts)) / len(texts),
             "length": float(np.mean(lengths)), "length_sd": float(np.std(lengths)),
-            "ks": corpus.ks(lengths, data.val_lengths),
-            "entropy": sum(map(corpus.unigram_entropy, texts)) / len(texts)}
+            "entropy": float(np.mean(list(map(corpus.unigram_entropy, texts))))}
 
 
 def main(argv=None):

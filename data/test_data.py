@@ -31,8 +31,7 @@ import torch
 from tiktoken_ext import openai_public
 from torch.distributions import Categorical
 
-import model
-from data import corpus, fasta, openwebtext, signatures, text
+from data import command, corpus, fasta, openwebtext, signatures, text
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 LINES = [f"def f{i}(a, b={i}):" for i in range(80)]
@@ -71,7 +70,7 @@ def refused(main, argv, capsys, *words):
     """main(argv) as the shell would run it: exit code 2 and one `error:` line with these words."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        model.run_script(lambda: main(argv))
+        command.run_script(lambda: main(argv))
     err = capsys.readouterr().err
     last = err.strip().splitlines()[-1]
     assert stop.value.code == 2 and err.count("error: ") == 1 and last.startswith("error: "), err
@@ -158,6 +157,29 @@ def test_held_out_is_always_the_same_and_without_overlap():
     assert torch.equal(data.held_out(3, 8), x[:3]) and torch.equal(state, torch.get_rng_state())
     rows = in_memory(val, val, 10)
     assert sorted(rows.held_out(99, 10)[:, 0].tolist()) == [0, 10, 20, 100, 110]
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "gpt2"])
+def test_rows_are_texts_with_ends_behind_them_only(gpt2, tokenizer):
+    texts = [f"{i} <|endoftext|> caf\xe9 {i}"[:i] for i in range(26)] + ["x" * 32]
+    corpus.write_rows("c", texts, "text", tokenizer, 32, {})
+    data = corpus.load("c")
+    assert data.pad_id == 256 and data.val_texts == data.rows(data.val)
+    for files in (data.train, data.val):
+        rows = np.concatenate(files).reshape(-1, 32)
+        for row, written in zip(rows.tolist(), data.rows(files)):
+            ids = list(written.encode())
+            assert row == ids + [256] * (32 - len(ids))
+    assert sorted(data.rows(data.train) + data.val_texts) == sorted(texts)
+
+
+def test_shares_of_lengths_by_hand():
+    rows = [[7, 256, 256, 256], [7, 7, 7, 7], [7, 8, 256, 256], [0, 256, 256, 256]]
+    files = [np.array(rows[:3], "<u2").reshape(-1), np.array(rows[3], "<u2")]
+    shares = in_memory(files, files[:1], 4).length_shares(4)
+    assert shares.dtype == torch.float32 and shares.tolist() == [0, 0.5, 0.25, 0, 0.25]
+    packed = in_memory(files, files, 0)
+    assert packed.pad_id == -1 and packed.length_shares(3).tolist() == [0, 0, 0, 1]
 
 
 def test_too_little_for_one_sequence_is_said():
@@ -284,6 +306,39 @@ def test_measures_by_hand():
     assert corpus.divergence(a, collections.Counter("x")) == pytest.approx(np.log(2))
     assert corpus.ks([1, 2, 3, 4], [3, 4, 5, 6]) == 0.5 and corpus.ks([2, 1], [1, 2]) == 0
     assert corpus.ks([1], [2]) == 1
+    assert corpus.entropy(collections.Counter("aabb")) == pytest.approx(np.log(2))
+    assert corpus.entropy(collections.Counter()) == 0
+
+
+def test_total_variation_by_hand():
+    a, b = collections.Counter("aab"), collections.Counter("abbbcc")
+    assert corpus.total_variation(a, b) == pytest.approx((3 / 6 + 1 / 6 + 2 / 6) / 2)
+    assert corpus.total_variation(a, collections.Counter("aab" * 9)) == 0
+    assert corpus.total_variation(a, collections.Counter("x")) == 1
+
+
+def test_post_stratified_by_hand():
+    """Cell a is good in 1 of 2, b in 1 of 1, c isn't theirs, d has no text."""
+    theirs = collections.Counter({"a": 5, "b": 2, "d": 3})
+    good = [True, False, True, True]
+    assert corpus.post_stratified(good, list("aabc"), theirs) == pytest.approx(0.5 * 0.5 + 0.2)
+    same = collections.Counter("aabc")
+    assert corpus.post_stratified(good, list("aabc"), same) == pytest.approx(3 / 4)
+
+
+N, REAL = 500, 20  # samples, and draws of so many real ones, whose spread says what is far
+
+
+def caught(bad, real, name):
+    """Is this measure far outside of what as many real samples get?"""
+    values = [q[name] for q in real]
+    return abs(bad[name] - np.mean(values)) > 0.02 + 7 * np.std(values)
+
+
+def test_far_is_far():
+    real = [{"m": value} for value in (0.4, 0.6)]  # mean .5, standard deviation .1
+    assert caught({"m": 1.23}, real, "m") and caught({"m": -0.23}, real, "m")
+    assert not caught({"m": 1.21}, real, "m") and not caught({"m": 0.5}, real, "m")
 
 
 # -------------------------------------------------------------------------------------- signatures
@@ -336,7 +391,88 @@ def test_signatures_of_samples(lines):
     counts = [torch.tensor(list(collections.Counter(s).values())).float() for s in texts[:4]]
     exact = sum(Categorical(c).entropy().item() for c in counts) / 5
     assert q["entropy"] == pytest.approx(exact, abs=1e-5)
-    assert data.shown(x) == {name: q[name] for name in ("valid", "entropy", "length", "ks")}
+    assert data.shown(x) == {name: q[name] for name in ("valid", "post", "tv", "js3")}
+
+
+@pytest.mark.parametrize("line, kind, features", [
+    ("def f():", (False, False), (False, False, False, False, 0, False)),
+    ("def f(a, *b):", (False, False), (False, False, False, False, 1, False)),
+    ("def f(self, *a: int, b=1) -> X:", (True, True), (True, True, True, True, 2, True)),
+    ("def f(a,b,c,d) -> x:", (True, False), (True, False, False, False, 2, False)),
+    ("def f(**k : x):", (False, True), (False, False, True, False, 0, False)),
+    ("def f(a=1):", (False, True), (False, True, False, False, 0, False))])
+def test_features_of_a_signature(line, kind, features):
+    assert signatures.kind(line) == kind and signatures.features(line) == features
+
+
+def of_lines(train, val):
+    """A corpus of these signatures, in memory, and its quality as a function of texts."""
+    rows = [[corpus.encode(texts, "bytes", 48)] for texts in (train, val)]
+    data = corpus.Corpus("c", "signatures", "bytes", 48, {}, *rows)
+
+    def quality(texts):
+        x = corpus.encode(texts, "bytes", 48).astype(int).reshape(-1, 48)
+        return data.quality(torch.from_numpy(x))
+    return quality
+
+
+def test_signatures_beside_validation_lines_by_hand():
+    val = ["def a(x) -> int:", "def b(x=1):", "def c(x):", "def d(y):"]
+    quality = of_lines(["def known():"], val)
+    q = quality(["def c(z):", "def c(z))", "def e(x=2):", "def e(x=:"])
+    assert q["valid"] == 0.5  # (z)) and (x=: are no Python
+    assert q["post"] == 0.5 * 0.5 + 0.25 * 0.5 + 0.25 * 0  # plain, with a default, no ->
+    assert q["tv"] == 0.25  # a quarter has = instead of ->
+    assert (q["returns"], q["hints"], q["methods"], q["novel"]) == (0, 0, 0, 1)
+    assert q["ks"] == 0.25  # three of ours have 9 characters, two of theirs
+    same = quality(val)
+    names = ("valid", "post", "tv", "js3", "ks", "returns")
+    assert [same[name] for name in names] == [1, 1, 0, 0, 0, 0.25]
+    q = quality(["def known():", "def m(self):", "def m(self, a: int):", "def h(a: int):"])
+    assert (q["novel"], q["methods"], q["hints"]) == (0.75, 0.5, 0.5)
+
+
+def people(n):
+    """n unique signatures as people might write them."""
+    rng, found = np.random.default_rng(0), {}
+    syllables = ["".join(pair) for pair in itertools.product("bdfklmnprst", "aeiou")]
+    verbs = ["get", "set", "make", "is", "load", "run", "read", "find"]
+    while len(found) < n:
+        words = ["".join(rng.choice(syllables, rng.integers(1, 3))) for _ in range(3)]
+        last = words[1] + rng.choice(["", "=1", "=None", ": int"])
+        arguments = [rng.choice(["", "self"]), rng.choice(["", words[2]]), last]
+        arguments, end = ", ".join(filter(None, arguments)), rng.choice([":", ":", " -> str:"])
+        line = f"def {rng.choice(verbs)}_{words[0]}({arguments}){end}"
+        found[line] = len(line) < 48
+    return [line for line, fits in found.items() if fits]
+
+
+def noise(texts):
+    """Texts of the same lengths, of random characters."""
+    letters = np.random.default_rng(1).integers(32, 127, (len(texts), 48))
+    return ["".join(map(chr, row[:len(s)])) for row, s in zip(letters.tolist(), texts)]
+
+
+BAD_LINES = {  # name: (sampler of real lines, what catches it, what doesn't)
+    "one line": (lambda lines: lines[:1] * N, ("distinct", "ks", "js3", "tv", "post"), ["valid"]),
+    "one length": (lambda lines: [s for s in lines if len(s) == 28], ["ks"], ["valid", "length"]),
+    "one word": (lambda lines: [s for s in lines if s[4:8] == "get_"], ["js3"], ["valid", "tv"]),
+    "no ->": (lambda lines: [s for s in lines if "->" not in s], ("tv", "post"),
+              ["valid", "distinct"]),
+    "noise": (noise, ("valid", "post", "tv", "js3"), ["ks", "distinct"])}
+
+
+def test_bad_samplers_of_signatures_are_caught():
+    lines = people(6000)
+    train, val = lines[1000:], lines[:1000]
+    quality, rng = of_lines(train, val), np.random.default_rng(2)
+    real = [quality(rng.permutation(train)[:N].tolist()) for _ in range(REAL)]
+    fresh = quality(rng.permutation(train)[:N].tolist())
+    assert not any(caught(fresh, real, name) for name in fresh)
+    for what, (sampler, names, blind) in BAD_LINES.items():
+        bad = quality(sampler(train)[:N])
+        assert all(caught(bad, real, name) for name in names), (what, bad, fresh)
+        assert not any(caught(bad, real, name) for name in blind), (what, bad, fresh)
 
 
 # ---------------------------------------------------------------------------------------- proteins
@@ -532,11 +668,117 @@ def test_text_that_cannot_be_used_is_refused(folder, gpt2, capsys, name, content
     assert not os.path.exists("out/o") and not list(folder.glob("**/*.partial"))
 
 
-def test_measures_of_text(folder, gpt2):
+def test_text_as_bytes(folder, monkeypatch, capsys):
+    monkeypatch.setattr(text, "SMALL", 1000)
     (folder / "a.txt").write_text(TEXT, encoding="utf-8")
-    text.main(["a.txt", "--out", "c"])
-    q = corpus.load("c").quality(torch.tensor([[1, 1, 2, 2], [3, 3, 3, 3], [3, 3, 3, 3]]))
-    assert q == {"distinct": pytest.approx(2 / 3), "entropy": pytest.approx(np.log(2) / 3)}
+    assert not text.main(["a.txt", "--tokenizer", "bytes"])
+    data = corpus.load("out/a")
+    assert (data.maker, data.tokenizer, data.length) == ("text", "bytes", 0)
+    assert tokens("out/a", "val") == sum(DOCUMENTS[::200], [])
+    everything = "".join(map(chr, range(300))) + "\u20ac \U0001f600 <|endoftext|> \r\n"
+    tokenizer = corpus.make_tokenizer("bytes")
+    ids = tokenizer.encode_ordinary(everything)
+    assert text.encode_batch([everything, ""], "bytes") == [ids, []]
+    make("shards")
+    refused(text.main, ["shards", "--tokenizer", "bytes", "--out", "o"], capsys, "GPT-2")
+    assert not os.path.exists("o")
+
+
+def test_a_passage_may_begin_and_end_within_a_character():
+    x = torch.tensor([list("\xe9tt\xe9".encode())[1:-1], list("\u20ac".encode()) + [256]])
+    data = in_memory([x.flatten().numpy().astype("<u2")] * 2, [x[1].numpy().astype("<u2")], 0)
+    assert data.decode(x) == ["\ufffdtt\ufffd", "\u20ac<|endoftext|>"] and data.quality(x)
+
+
+def of_passages(*passages):
+    """Passages of the same length -> (B, L) bytes."""
+    return torch.tensor([list(passage.encode()) for passage in passages])
+
+
+def test_measures_within_text_by_hand():
+    assert text.repeated([1, 2, 3, 4, 1, 2, 3, 4]) == 1 / 5  # 1234 is there again
+    assert text.repeated("aaaaaa") == 2 / 3 and text.repeated("abc") == 0
+    common = {"he", "is"}
+    assert text.traits("He is 12.5. Is he? \u201cNO!\u201d", common) == (3, 4, 1 / 5, 4, 3, 2)
+    assert text.traits('a.b, "Go." 7', common) == (1, 1, 1, 1, 1, 2)
+    assert text.traits("", common) == (0, 0, 0, 0, 0, 0)
+    values = np.array([[0, 2, 0.5], [1, 3, 0.6], [0, 1, 0.1], [0, 3, 0.6]])
+    cells = text.cells(values, np.array([0, 2, 0.5]))
+    assert cells == {(False, False, False): 2, (True, True, True): 1, (False, True, True): 1}
+
+
+def test_measures_of_text_beside_validation_passages_by_hand(monkeypatch):
+    monkeypatch.setattr(text, "COMMON", 3)
+    train = of_passages("it is it was", "was it is it")
+    val = of_passages("Go. Do. 4 ab", "the end was ", '"No." it is ')
+    files = [[x.numpy().astype("<u2").reshape(-1)] for x in (train, val)]
+    data = in_memory(*files, 0)
+    assert text.common_words(data, 12) == {"it", "is", "was"}
+    cuts, cells, ngrams = text.real(data, 12)  # rare words: all, two thirds and a third
+    assert cuts.tolist() == [1, 1, pytest.approx(2 / 3), 0, 0, 0]
+    no, yes = (False,) * 3, (True,) * 3
+    assert cells == {(*yes, True, True, False): 1, (*no, *no): 1, (*no, True, False, True): 1}
+    x = of_passages("the end was ", 'IS. is? 7 "x')
+    q = data.quality(x)
+    assert q["tv"] == pytest.approx((1 / 6 + 1 / 2 + 1 / 3 + 1 / 3) / 2)
+    assert q["distinct"] == 1 and q["rep4"] == 0 and ngrams.total() == 30
+    assert q["js3"] == pytest.approx(corpus.divergence(corpus.ngrams(x.tolist(), 3), ngrams))
+    assert data.quality(val)["js3"] == data.quality(val)["tv"] == 0
+    x = torch.tensor([[97, 97, 98, 98] * 3, [99] * 12, [99] * 12])
+    q = data.quality(x)
+    assert q["distinct"] == 2 / 3 and q["entropy"] == pytest.approx(np.log(2) / 3)
+    pairs = torch.tensor([3, 3, 3, 2, 22])  # aa, ab, bb, ba of 11, and cc
+    assert q["bigram"] == pytest.approx(Categorical(pairs / 33).entropy().item(), abs=1e-5)
+    assert q["rep4"] == pytest.approx((5 / 9 + 8 / 9 + 8 / 9) / 3)
+    assert q["js3"] == pytest.approx(np.log(2))
+    assert data.shown(x) == {name: q[name] for name in ("entropy", "tv", "js3", "rep4")}
+
+
+def articles(n):
+    """n documents of sentences, with frequent and rare words, numbers and quotes."""
+    rng = np.random.default_rng(0)
+    letters = rng.choice(list("etaoinshrdlu"), (3000, 8))
+    words = ["".join(row[:2 + i % 7]) for i, row in enumerate(letters)]
+    share = 1 / np.arange(1, 3001)
+    drawn = iter(rng.choice(words, n * 100, p=share / share.sum()).tolist())
+    documents = []
+    for _ in range(n):
+        sentences = []
+        for size in rng.integers(4, 12, 8).tolist():
+            sentence = " ".join(itertools.islice(drawn, size)).capitalize()
+            form = rng.choice(["{}.", "{}.", "{}.", '"{}!"', "{} {n}.", "{n}: {}."])
+            sentences.append(form.format(sentence, n=rng.integers(2000)))
+        documents.append(" ".join(sentences) + "\n<|endoftext|>\n")
+    return "".join(documents)
+
+
+def only(x, low, high, instead):
+    """x (B, L) with other tokens for those from low to high."""
+    return torch.where((x >= ord(low)) & (x <= ord(high)), instead, x)
+
+
+BAD_TEXT = {  # name: (what it makes of real passages, what catches it, what doesn't)
+    "one passage": (lambda x: x[:1].expand_as(x), ("distinct", "bigram", "js3", "tv"), ["entropy"]),
+    "repeated words": (lambda x: x[:, :32].repeat(1, 4), ["rep4"], ["distinct"]),
+    "no capitals": (lambda x: only(x, "A", "Z", x + 32), ["tv"], ["distinct", "rep4"]),
+    "no digits": (lambda x: only(x, "0", "9", ord("e")), ["tv"], ["distinct", "rep4"]),
+    "shuffled": (lambda x: x[:, torch.randperm(128)], ("js3", "bigram"), ["entropy", "distinct"])}
+
+
+def test_bad_samplers_of_text_are_caught(folder, capsys):
+    (folder / "a.txt").write_text(articles(2500), encoding="utf-8")
+    text.prepare("a.txt", "c", "bytes")
+    data = corpus.load("c")
+    torch.manual_seed(0)
+    real = [data.quality(data.batch(N, 128)) for _ in range(REAL)]
+    x = data.batch(N, 128)
+    fresh = data.quality(x)
+    assert not any(caught(fresh, real, name) for name in fresh)
+    for what, (worsen, names, blind) in BAD_TEXT.items():
+        bad = data.quality(worsen(x))
+        assert all(caught(bad, real, name) for name in names), (what, bad, fresh)
+        assert not any(caught(bad, real, name) for name in blind), (what, bad, fresh)
+    assert data.quality(BAD_TEXT["shuffled"][0](x))["entropy"] == pytest.approx(fresh["entropy"])
 
 
 def test_gpt2s_tokens_that_cannot_be_had(folder, gpt2, monkeypatch, capsys):

@@ -14,22 +14,22 @@ import sys
 import distill
 from data import corpus
 from experiments import common
-from model import run_script, setup
+from data.command import run_script
+from model import setup
 
 # As in the paper's table, in its setting (--paper): each row with all those before it. Rows that
 # differ in the sampler alone share a run.
 CUMULATIVE = {
-    "none": "--paper --K 1 --no-coupled --noise_max 1 --no-w --no-pi --kl 0 --entropy 0 "
-            "--no-group_norm",
+    "none": "--paper --K 1 --no-coupled --no-w --no-pi --kl 0 --entropy 0 --no-group_norm",
     "+ intermediate-state matching": "--K 2", "+ coupled time": "--coupled", "+ w(t)": "--w",
     "+ pi(t)": "--pi",
     "+ KL and entropy": f"--kl {distill.PAPER['kl']} --entropy {distill.PAPER['entropy']}",
     "+ grouped normalisation": "--group_norm", "+ guided sampler": ""}
 ONE_CHANGE = {
     "default": "", "default, guided sampler": "", "no intermediate-state matching": "--K 1",
-    "no grouped normalisation": "--no-group_norm", "no KL": "--kl 0", "coupled time": "--coupled",
-    "w(t) and pi(t)": "--w --pi", "all rollouts from all masks": "--mask_share 1",
-    "masked positions only": "--positions masked", "teacher samples": "--reference teacher"}
+    "no grouped normalisation": "--no-group_norm", "no KL": "--kl 0",
+    "independent levels": "--no-coupled", "w(t) and pi(t)": "--w --pi",
+    "teacher samples": "--reference teacher"}
 STEPS = (4, 8, 16, 32)
 
 

@@ -9,7 +9,8 @@ import time
 
 from data import corpus
 from experiments import common
-from model import run_script, setup
+from data.command import run_script
+from model import setup
 
 
 def parse_flags(argv=None):
@@ -38,7 +39,7 @@ def printable(c):
 def as_text(ids, model):
     """The tokens of one text up to its end, masks as dots."""
     encoding, text = corpus.make_tokenizer(model["tokenizer"]), ""
-    for i in itertools.takewhile(lambda i: i != model["eos"], ids):
+    for i in itertools.takewhile(lambda i: i != model["config"].pad_id, ids):
         piece = "\u00b7"
         if i != model["config"].mask_id:
             piece = encoding.decode([i])

@@ -13,12 +13,13 @@ import torch.nn.functional as F
 
 import didi
 from data import corpus
-from model import load_checkpoint, rotate, run_script, setup
+from data.command import run_script
+from model import load_checkpoint, rotate, setup
 
 
 def new_cache(model, B):
     """Keys and values for `next_logits`: (n_layer, 2, B, H, L, D/H), nothing in it yet."""
-    c, like = model.config, model.position
+    c, like = model.config, model.embed.weight
     dtype = like.dtype
     if model.bf16 and like.is_cuda:  # as in model.Block, which attends in float32 on a CPU
         dtype = torch.bfloat16
@@ -36,12 +37,12 @@ def attend(block, h, cos, sin, kv, i):
     with torch.autocast(h.device.type, enabled=False):
         a = F.scaled_dot_product_attention(rotate(q, cos, sin).to(kv.dtype), keys, values)
     h = h + block.proj(a.transpose(1, 2).reshape(B, 1, D))
-    return h + block.down(F.gelu(block.up(block.norm2(h))))
+    return h + block.down(F.gelu(block.up(block.norm2(h)), approximate="tanh"))
 
 
 def next_logits(model, token, i, cache):
     """Logits (B, V) that follow token (B,), at position i of what a causal model reads."""
-    h = model.embed(token[:, None]) + model.position[i]
+    h = model.embed(token[:, None])
     with torch.autocast(h.device.type, torch.bfloat16, enabled=model.bf16):
         for block, kv in zip(model.blocks, cache):
             h = attend(block, h, model.cos[i:i + 1], model.sin[i:i + 1], kv, i)
@@ -54,7 +55,7 @@ def autoregress(model, B, eos, temperature=1.0, on_step=None):
 
     eos is -1 where texts are packed and nothing ends. on_step(x so far) is called after each token.
     """
-    x = torch.full((B, model.config.length), eos, device=model.position.device)
+    x = torch.full((B, model.config.length), eos, device=model.lengths.device)
     token = torch.full_like(x[:, 0], model.config.mask_id)  # the mask stands before x_1
     cache, nfe = new_cache(model, B), torch.zeros_like(token)
     going = torch.ones_like(token, dtype=torch.bool)
@@ -94,13 +95,10 @@ def main(argv=None):
     args = parse_flags(argv)
     device, bf16 = setup(args)
     ckpt, model = load_checkpoint(args.model, ("causal",), device, bf16)
-    eos = -1
-    if not ckpt["packed"]:
-        eos = corpus.make_tokenizer(ckpt["tokenizer"]).eot_token
-    x, nfe = autoregress(model, args.num, eos, args.temperature)
+    x, nfe = autoregress(model, args.num, model.config.pad_id, args.temperature)
     print(f"autoregressive, temperature {args.temperature:g}, seed {args.seed}: "
           f"{nfe.float().mean():.2f} network calls per sequence")
-    for text in corpus.decode(x, ckpt["tokenizer"], ckpt["packed"]):
+    for text in corpus.decode(x, ckpt["tokenizer"], not model.config.pads):
         print(text.encode("unicode_escape").decode())  # no sample may steer the terminal
 
 

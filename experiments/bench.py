@@ -24,7 +24,8 @@ import train_teacher
 from data import corpus
 from experiments import common
 from experiments.autoregressive import until_end
-from model import Config, Denoiser, load_checkpoint, run_script, setup, share_out, update_ema
+from data.command import run_script, share_out
+from model import Config, Denoiser, load_checkpoint, setup, update_ema
 
 # bfloat16, dense, FLOP/s, by the makers (SXM where there is one)
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12, "4090": 165e12}
@@ -107,9 +108,9 @@ def teacher_step(args, device, bf16):
         V = corpus.make_tokenizer(data.tokenizer).n_vocab
     train_teacher.settle(args, data)
     L, B = args.length, args.batch // args.accumulate
-    config = Config(V, L, args.n_layer, args.n_head, args.n_embd, args.causal)
-    nets = train_teacher.networks(args, config, device, bf16)
-    model, optimizers = nets["model"], [nets[k] for k in ("optimizer", "muon") if k in nets]
+    config = Config(V, L, args.n_layer, args.n_head, args.n_embd, args.causal, not data.packed)
+    nets = train_teacher.networks(args, config, data.length_shares(L), device, bf16)
+    model = nets["model"]
     if args.compile or device.type == "cuda":
         model.trunk = torch.compile(model.trunk)
 
@@ -118,7 +119,7 @@ def teacher_step(args, device, bf16):
             x = data.batch(B, L, device)
             (train_teacher.bound_and_loss(model, x)[1] / args.accumulate).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
+        for optimizer in (nets["muon"], nets["adamw"]):
             optimizer.step()
             optimizer.zero_grad()
         update_ema(nets["ema"], model, args.ema)
@@ -179,7 +180,7 @@ def bench_models(args, device, bf16):
         peak_memory, num = common.memory_meter(device), max(batch, 20)
         x, cost = common.write(model, num, steps, SAMPLERS.get(name, "ancestral"), seed=args.seed,
                                batch=batch)
-        tokens = until_end(x, model["eos"]).float().sum(1).mean().item()
+        tokens = until_end(x, model["config"].pad_id).float().sum(1).mean().item()
         row = {"row": name, "steps": steps, "batch": batch, "nfe": cost["nfe"],
                "disc_calls": cost["disc_calls"], "latency": batch / cost["seq_per_s"],
                "tokens_per_s": cost["seq_per_s"] * tokens, "peak_mib": peak_memory()}

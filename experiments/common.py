@@ -1,7 +1,7 @@
 """common.py - what the experiments share: models to compare, timed sampling, results, memory.
 
-A model here is a dict {"denoiser", "config", "tokenizer" (its name), "packed", "eos", "flags"}, and
-of a student of distill.py "discriminator"; eos is the token that ends a text, -1 where packed.
+A model here is a dict {"denoiser", "config", "tokenizer" (its name), "flags"}, and of a student of
+distill.py "discriminator".
 """
 import json
 import math
@@ -15,25 +15,19 @@ import torch
 from tqdm import tqdm
 
 import didi
-from data import corpus
 from experiments.autoregressive import autoregress
-from model import Discriminator, load_checkpoint
+from model import Discriminator, load_checkpoint, restore
 
 
 # ----------------------------------------------------------------------------------------- models
 def load_model(path, device, bf16, kinds=("student", "teacher", "causal")):
     """The model in a checkpoint, frozen. ValueError if it isn't of these kinds, or damaged."""
     ckpt, denoiser = load_checkpoint(path, kinds, device, bf16)
-    model = {"denoiser": denoiser, "config": denoiser.config, "eos": -1}
-    model |= {name: ckpt[name] for name in ("tokenizer", "packed", "flags")}
-    if not ckpt["packed"]:
-        model["eos"] = corpus.make_tokenizer(ckpt["tokenizer"]).eot_token
+    model = {"denoiser": denoiser, "config": denoiser.config, "tokenizer": ckpt["tokenizer"],
+             "flags": ckpt["flags"]}
     if "disc" in ckpt:
-        try:
-            discriminator = Discriminator(denoiser, **ckpt["discriminator"]).to(device)
-            discriminator.load_state_dict(ckpt["disc"])
-        except (KeyError, RuntimeError, TypeError):
-            raise ValueError(f"{path}: the discriminator does not fit: distil again") from None
+        discriminator = Discriminator(denoiser, ckpt["disc_blocks"]).to(device)
+        restore({"disc": discriminator}, ckpt, path)
         # in eval mode, or spectral norm would go on iterating
         model["discriminator"] = discriminator.eval().requires_grad_(False)
     return model
@@ -46,7 +40,7 @@ def load_models(paths, device, bf16):
     """
     kinds = {"teacher": "teacher", "student": "student", "autoregressive": "causal"}
     models = {name: load_model(path, device, bf16, (kinds[name],)) for name, path in paths.items()}
-    texts = {(m["tokenizer"], m["packed"], m["config"].length) for m in models.values()}
+    texts = {(m["tokenizer"], m["config"].pads, m["config"].length) for m in models.values()}
     if len(texts) > 1:
         names = ", ".join(paths.values())
         raise ValueError(f"{names} differ in tokens or length: make them all from one corpus and "
@@ -55,14 +49,29 @@ def load_models(paths, device, bf16):
 
 
 # --------------------------------------------------------------------------------- timed sampling
+def penalised(denoiser, mask_id, strength):
+    """The denoiser with a frequency penalty: less `strength` for each time that a token is visible.
+
+    A control that needs no training: a claim of few steps should be better than it.
+    """
+    def constrained(z, where):
+        counts = torch.zeros(len(z), mask_id + 1, device=z.device)
+        counts.scatter_add_(1, z, torch.ones_like(z, dtype=torch.float32))  # (B, V + 1)
+        logits = denoiser(z, where)  # (n, V)
+        return logits - strength * counts[where.nonzero()[:, 0], :logits.shape[1]]
+    return constrained
+
+
 def run(model, z, steps, sampler, temperature, rgas, on_step):
-    """Fill z (B, L), all masks: x (B, L), nfe (B,), the discriminator's calls (B,)."""
+    """Fill z (B, L), from `start`: x (B, L), nfe (B,), the discriminator's calls (B,)."""
     denoiser, mask_id = model["denoiser"], model["config"].mask_id
+    if "penalty" in model:
+        denoiser = penalised(denoiser, mask_id, model["penalty"])
     if sampler == "rgas":
         discriminator = model["discriminator"]
         return didi.guided_sample(denoiser, discriminator, z, steps, mask_id, *rgas, temperature)
     if sampler == "autoregressive":
-        x, nfe = autoregress(denoiser, len(z), model["eos"], temperature, on_step)
+        x, nfe = autoregress(denoiser, len(z), model["config"].pad_id, temperature, on_step)
     else:
         x, nfe = didi.sample(denoiser, z, steps, mask_id, temperature, on_step)
     return x, nfe, torch.zeros_like(nfe)
@@ -75,11 +84,12 @@ def write(model, num, steps, sampler="ancestral", temperature=1.0, seed=0, batch
     sampler: "ancestral"; "rgas" with (h, M, switch) of didi.guided_sample; "autoregressive", which
     has no steps. nfe and disc_calls are the means of the network calls that a sequence took.
     """
-    device, parts = model["denoiser"].position.device, []
-    z = torch.full((num, model["config"].length), model["config"].mask_id, device=device)
+    net, parts = model["denoiser"], []
     if not on_step:  # warm-up, not timed: the first calls set up threads, kernels and memory
-        run(model, z[:batch], 2, sampler, temperature, rgas, None)[0].cpu()
+        z = net.start(net.draw_lengths(min(num, batch)))
+        run(model, z, 2, sampler, temperature, rgas, None)[0].cpu()
     torch.manual_seed(seed)
+    z = net.start(net.draw_lengths(num))  # the length comes first
     begin = time.perf_counter()
     for part in tqdm(z.split(batch), desc=name, leave=False, delay=1, disable=bool(on_step)):
         outputs = run(model, part, steps, sampler, temperature, rgas, on_step)

@@ -21,12 +21,14 @@ from data import corpus
 from experiments import common
 from experiments.autoregressive import until_end
 from experiments.table import GOALS, at_entropy, steps_to_match
-from model import run_script, setup
+from data.command import run_script
+from model import setup
 from train_teacher import causal_nll
 
 STEPS = {"teacher": (4, 8, 16, 32, 64, 256, 1024), "student": (4, 8, 16, 32),
          "autoregressive": (None,)}
 TEMPERATURES = (1.2, 1.1, 1.0, 0.9, 0.8, 0.7)  # with --sweep, and always of the teacher in 8 steps
+PENALISED = [(strength, T) for strength in (0.1, 0.3) for T in (0.8, 0.6)]  # teacher in 8 steps
 HEAD = ["row", "steps", "T", "nfe", "disc_calls"]
 
 
@@ -78,8 +80,8 @@ def parts_of(x, batch, V):
 def causal_judge(x, judge, batch):
     """Perplexity of texts x (N, L), their ends included, under the autoregressive model `judge`."""
     net = judge["denoiser"]
-    parts = [part.to(net.position.device) for part in parts_of(x, batch, net.config.vocab_size)]
-    counted = ((part, until_end(part, judge["eos"])) for part in parts)
+    parts = [part.to(net.lengths.device) for part in parts_of(x, batch, net.config.vocab_size)]
+    counted = ((part, until_end(part, net.config.pad_id)) for part in parts)
     return perplexity(net, counted, net.config.mask_id)
 
 
@@ -137,6 +139,9 @@ def plan(models, sweep, L):
             several = sweep or (name, steps) == ("teacher", 8)
             for T in TEMPERATURES if several else (1.0,):
                 rows.append((name, name, steps, T, sampler))
+    if "teacher" in models:
+        for strength, T in PENALISED:
+            rows.append((f"teacher, penalty {strength}", "teacher", 8, T, strength))
     if "discriminator" in models.get("student", ()):
         for steps in STEPS["student"] if sweep else (8,):
             rows.append(("student, guided", "student", steps, 1.0, "rgas"))
@@ -182,7 +187,10 @@ def measure_all(args, models, data, judge):
         print(line(row, columns), flush=True)
     shown = {name: model for name, model in models.items() if args.rows in ("all", name)}
     for row, name, steps, T, sampler in plan(shown, args.sweep, L):
-        x, cost = common.write(models[name], args.samples, steps, sampler, T, args.seed, args.batch,
+        model = models[name]
+        if isinstance(sampler, float):
+            model, sampler = model | {"penalty": sampler}, "ancestral"
+        x, cost = common.write(model, args.samples, steps, sampler, T, args.seed, args.batch,
                                (args.guidance, args.candidates, args.switch), name=row)
         about = {"row": row, "steps": steps, "T": T, **cost}
         rows.append(measure(about, x, data, judge))
@@ -191,16 +199,14 @@ def measure_all(args, models, data, judge):
 
 
 def print_comparison(rows):
-    """Student and teacher at equal entropy, in the first measure of quality that there is."""
+    """What 8 steps of the student are worth, and the teacher's 8 at equal entropy."""
     student, = [r for r in rows if (r["row"], r.get("steps"), r.get("T")) == ("student", 8, 1.0)]
-    for column in [column for column in GOALS if column in rows[0]][:1]:
-        teacher = at_entropy(rows, "teacher", 8, student["entropy"], column)
-        print(f"8 steps: student {column} {student[column]:.3f}, entropy {student['entropy']:.3f}; "
-              f"teacher at that entropy {teacher:.3f} (nan: outside the temperatures measured)")
-        steps = steps_to_match(rows, rows[0]["entropy"], column)
-        if not math.isnan(steps):
-            print(f"at held-out entropy {rows[0]['entropy']:.3f} the teacher needs {steps:.0f} "
-                  f"steps for the student's {column} in 8 (inf: more than were measured)")
+    print("8 steps of the student; 8 of the teacher at the student's entropy (nan: outside the "
+          "temperatures measured); for how many steps of the teacher the student's 8 stand:")
+    for column in [column for column in GOALS if column in rows[0]]:
+        teacher = at_entropy(rows, "teacher", 8, column, student["entropy"])
+        print(f"{column:>10} {student[column]:8.3f} {teacher:8.3f} "
+              f"{steps_to_match(rows, column):6.0f}")
 
 
 def load(args, device, bf16):

@@ -31,31 +31,45 @@ for path in sys.argv[1:]:
 EOF
 }
 
-# Three seeds of teacher, judge, student, SDTT's student and the paper's setting: 3 hours.
+# Five seeds of teacher, judge and student, two of them with other arithmetic: seed 3 in float32,
+# seed 4 with two threads. SDTT's student and the paper's setting with three. $1: a seed, or all.
 few_steps() {
-    for s in 0 1 2; do
+    for s in ${1:-0 1 2 3 4}; do
+        export OMP_NUM_THREADS=1
+        how="--seed $s"
+        case $s in
+            3) how="--seed 3 --no-bf16" ;;
+            4) export OMP_NUM_THREADS=2 ;;
+        esac
         models="--teacher out/$s/teacher.pt --causal out/$s/causal.pt"
-        about="--json $results/nano.json --label"
-        python train_teacher.py --seed $s --out out/$s/teacher.pt
-        python train_teacher.py --seed $s --causal --out out/$s/causal.pt
-        for run in default sdtt paper; do
-            flags="--seed $s --teacher out/$s/teacher.pt --out out/$s/$run.pt"
-            student="--student out/$s/$run.pt"
-            case $run in
-                default)
-                    python distill.py $flags
-                    python -m experiments.evaluate --sweep $models $student $about $run ;;
-                sdtt)
-                    python -m experiments.sdtt $flags
-                    python -m experiments.evaluate --sweep --rows student $models $student \
-                        $about $run ;;
-                paper)
-                    python distill.py $flags --paper
-                    python -m experiments.evaluate --rows student $models $student $about $run ;;
-            esac
-        done
+        python train_teacher.py $how --out out/$s/teacher.pt
+        python train_teacher.py $how --causal --out out/$s/causal.pt
+        python distill.py $how --teacher out/$s/teacher.pt --out out/$s/default.pt
+        python -m experiments.evaluate $models --student out/$s/default.pt \
+            --json $results/nano.json --label default
     done
-    log_means out/[012]/default.jsonl out/[012]/sdtt.jsonl out/[012]/paper.jsonl > $results/logs.txt
+}
+
+# Other students of the same teachers. $1: a seed, or all.
+others() {
+    export OMP_NUM_THREADS=1
+    for s in ${1:-0 1 2}; do
+        models="--teacher out/$s/teacher.pt --causal out/$s/causal.pt"
+        about="--rows student --json $results/nano.json --label"
+        flags="--seed $s --teacher out/$s/teacher.pt"
+        python -m experiments.sdtt $flags --out out/$s/sdtt.pt
+        python -m experiments.evaluate $models --student out/$s/sdtt.pt $about sdtt
+        python distill.py $flags --paper --out out/$s/paper.pt
+        python -m experiments.evaluate $models --student out/$s/paper.pt $about paper
+    done
+}
+
+# Quality against entropy, of seed 0: all numbers of steps at six temperatures. 40 minutes.
+sweep() {
+    python -m experiments.evaluate --sweep --teacher out/0/teacher.pt --causal out/0/causal.pt \
+        --student out/0/default.pt --json $results/sweep.json --label default
+    python -m experiments.evaluate --sweep --rows student --teacher out/0/teacher.pt \
+        --causal out/0/causal.pt --student out/0/sdtt.pt --json $results/sweep.json --label sdtt
 }
 
 # Speed and memory, on an otherwise idle machine: half an hour.

@@ -19,8 +19,8 @@ from tqdm import tqdm
 import didi
 import distill
 from data import corpus
-from model import (load_checkpoint, log_row, open_log, run_script, save_checkpoint, setup,
-                   stop_requested, update_ema)
+from data.command import progress, run_script, stop_requested
+from model import load_checkpoint, save_checkpoint, setup, update_ema
 
 
 def parse_flags(argv=None):
@@ -33,13 +33,13 @@ def parse_flags(argv=None):
     add("--updates", type=int, default=960, help="in all, shared out evenly among the rounds")
     add("--batch", type=int, default=128, help="sequences per update")
     add("--lr", type=float, default=1e-3, help="falls linearly to a tenth; supervised, so high")
-    add("--kl_kind", choices=("forward", "reverse", "jeffreys"), default="reverse",
+    add("--kl_kind", choices=didi.KL_KINDS, default="reverse",
         help="forward would learn the teacher's one-step prediction again, see sdtt_target")
     add("--ema", type=float, default=0.97, help="decay of the weight average that is sampled")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 products [where fast]")
     add("--seed", type=int, default=0, help="repeats a run exactly on a CPU")
-    p.set_defaults(resume=False)  # for open_log
+    p.set_defaults(resume=False, minutes=None)  # for progress
     args = p.parse_args(argv)
     if min(args.rounds) < 1 or args.updates < len(args.rounds):
         raise ValueError("--rounds must all be at least 1, with at least one of --updates for each")
@@ -65,9 +65,9 @@ def sdtt_target(teacher, z_t, t, dt, mask_id):
 
 def update(args, student, teacher, optimizer, x, steps):
     """One iteration on the texts x (B, L), towards a student of so many steps. What to log."""
-    mask_id = teacher.config.mask_id
+    mask_id, pad_id = teacher.config.mask_id, teacher.config.pad_id
     t = didi.low_discrepancy_times(len(x), x.device)  # (B,)
-    z_t = didi.forward_mask(x, t, mask_id)
+    z_t = didi.forward_mask(x, t, mask_id, pad_id)
     target = sdtt_target(teacher, z_t, t, t.clamp(max=1 / steps), mask_id)
     log_p_x = didi.predict(student, z_t, z_t == mask_id)  # (n, V)
     kl = didi.kl_to_teacher(log_p_x, target, args.kl_kind).sum() / max(len(target), 1)
@@ -79,9 +79,9 @@ def train(args, teacher, data):
     """All rounds. Returns {"model", "ema"}, the updates made, seconds, and the exit code."""
     teacher, ema = copy.deepcopy(teacher), copy.deepcopy(teacher)
     student = copy.deepcopy(teacher).requires_grad_(True)
-    L, device, rounds, now = teacher.config.length, teacher.position.device, args.rounds, -1
+    L, device, rounds, now = teacher.config.length, teacher.lengths.device, args.rounds, -1
     begin, stop, step, seconds = time.perf_counter(), stop_requested(), 0, 0.0
-    with open_log(args) as log, tqdm(total=args.updates, desc="sdtt") as bar:
+    with progress(args, 0, args.updates) as log:
         while step < args.updates and not stop():
             lr = args.lr * (1 - 0.9 * step / args.updates)
             if step * len(rounds) // args.updates > now:  # a new round: the student so far teaches
@@ -96,8 +96,7 @@ def train(args, teacher, data):
             update_ema(ema, student, args.ema)
             step += 1
             seconds = time.perf_counter() - begin
-            log_row(log, bar, {"step": step, "seconds": seconds, "steps": rounds[now], **row})
-            bar.update()
+            log({"step": step, "seconds": seconds, "steps": rounds[now], **row})
     return {"model": student, "ema": ema}, {"step": step, "seconds": seconds}, int(stop())
 
 
@@ -110,7 +109,7 @@ def main(argv=None):
     data = corpus.load(args.data)
     nets, done, code = train(args, teacher, data)
     save_checkpoint(args.out, nets, kind="student", config=asdict(teacher.config),
-                    tokenizer=data.tokenizer, packed=data.packed, flags=vars(args), **done)
+                    tokenizer=data.tokenizer, flags=vars(args), **done)
     tqdm.write(f"wrote {args.out} after {done['step']} of {args.updates} updates")
     return code
 

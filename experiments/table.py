@@ -14,14 +14,15 @@ import math
 import numpy as np
 
 from experiments import common
-from model import run_script
+from data.command import run_script
 
-SHOWN = {"nfe": 1, "disc_calls": 1, "valid": 3, "judge_ppl": 2, "distinct": 3, "novel": 3,
-         "length": 1, "length_sd": 1, "ks": 3, "entropy": 3, "js1": 4, "js2": 4, "low": 3}  # digits
-BEST = ("valid", "judge_ppl", "length", "length_sd", "ks", "js2")  # at equal entropy
-GOALS = {"valid": 1, "judge_ppl": -1}  # what steps are compared by, and whether more is better
-AXES = {"valid": "valid, share of samples", "judge_ppl": "perplexity under the judge, per token",
-        "ks": "KS distance of the lengths from held-out texts'"}
+SHOWN = {"nfe": 1, "disc_calls": 1, "valid": 3, "post": 3, "judge_ppl": 2, "tv": 3, "js3": 3,
+         "ks": 3, "entropy": 3, "length": 1, "length_sd": 1, "distinct": 3, "novel": 3,
+         "returns": 3, "hints": 3, "methods": 3, "js1": 4, "js2": 4, "low": 3}  # digits
+BEST = ("post", "judge_ppl", "tv", "js3", "ks", "js2")  # at equal entropy
+GOALS = {"post": 1, "judge_ppl": -1, "tv": -1, "js3": -1}  # what steps are compared by; 1: more
+AXES = {"post": "post-stratified validity", "judge_ppl": "perplexity under the judge, per token",
+        "tv": "total variation of the features"}
 LINES = [("default", "teacher", 8, "C0", ":"), ("default", "teacher", 32, "C0", "--"),
          ("default", "teacher", 256, "C0", "-"), ("default", "student", 4, "C3", ":"),
          ("default", "student", 8, "C3", "-"), ("sdtt", "student", 8, "C1", "-"),
@@ -34,7 +35,13 @@ def key(row):
     return row["row"], row.get("steps"), row.get("T")
 
 
-def at_entropy(rows, name, steps, entropy, column="valid"):
+def at_one(rows, name, steps, column):
+    """`column` of a model in so many steps at temperature 1; NaN where that was not measured."""
+    mine = [row[column] for row in rows if key(row) == (name, steps, 1) and column in row]
+    return mine[0] if mine else math.nan
+
+
+def at_entropy(rows, name, steps, column, entropy):
     """`column` of a model in so many steps at the temperature that gives this unigram entropy.
 
     Linear between the temperatures measured, NaN outside them.
@@ -46,16 +53,16 @@ def at_entropy(rows, name, steps, entropy, column="valid"):
     return float(np.interp(entropy, *zip(*points), left=math.nan, right=math.nan))
 
 
-def steps_to_match(rows, entropy, column="valid"):
-    """Steps that the teacher needs for the student's quality in 8, both at this entropy.
+def steps_to_match(rows, column, student_steps=8, value=at_one):
+    """Steps that the teacher needs for the student's `column` in so many: what those are worth.
 
-    Linear in log steps. The fewest steps measured mean at most those; inf more than the most; NaN
-    that the temperatures measured don't tell.
+    value(rows, name, steps, column): `at_one`, or `at_entropy` at some entropy. Linear in log
+    steps. The fewest steps measured mean at most those; inf more than the most; NaN unknown.
     """
     sign = GOALS[column]
-    goal = sign * at_entropy(rows, "student", 8, entropy, column)
+    goal = sign * value(rows, "student", student_steps, column)
     steps = sorted({row["steps"] for row in rows if row["row"] == "teacher"})
-    values = [sign * at_entropy(rows, "teacher", n, entropy, column) for n in steps]
+    values = [sign * value(rows, "teacher", n, column) for n in steps]
     enough = [k for k, value in enumerate(values) if value >= goal]
     if not enough:
         known = len(values) > 0 and not math.isnan(values[-1] + goal)
@@ -103,7 +110,8 @@ def print_means(results):
     print(head(["run", "seeds", "row", "steps", "T", *shown]))
     for label, rows in groups.items():
         for (name, steps, T), same in rows.items():
-            if is_sweep(results[label]) and T not in (None, 1) and (name, steps) != ("teacher", 8):
+            usual = T in (None, 1) or (name.startswith("teacher") and steps == 8)
+            if is_sweep(results[label]) and not usual:
                 continue
             values = {name: [row.get(name) for row in same] for name in shown}
             cells = [common.spread(values[name], shown[name]) for name in shown]
@@ -124,19 +132,28 @@ def print_equal_entropy(swept):
         models = dict.fromkeys(key(row)[:2] for row in seeds[0] if row.get("T") not in (None, 1))
         for name, steps in models:
             print(markdown(equal_entropy_cells(label, seeds, name, steps, best)))
-    for label, column in itertools.product(runs, GOALS):
-        needed = [steps_to_match(rows, rows[0]["entropy"], column) for rows in runs[label]]
-        if not all(map(math.isnan, needed)):
-            texts = ", ".join(f"{steps:.0f}" for steps in needed)
-            print(f"\n{label}: for the student's {column} in 8 steps the teacher needs, by seed, "
-                  f"{texts} steps (inf: more than were measured; nan: not known)")
+
+
+def print_worth(results):
+    """For how many of the teacher's steps the student's stand, by each measure."""
+    print("\nWhat the student's steps are worth in teacher's steps, both at temperature 1 (by "
+          "seed; inf: more than were measured):\n")
+    columns = [f"{name} @{steps}" for steps in (4, 8, 16) for name in GOALS]
+    print(head(["run", *columns]))
+    for label, seeds in results.items():
+        cells = []
+        for steps, name in itertools.product((4, 8, 16), GOALS):
+            needed = [steps_to_match(run["rows"], name, steps) for run in seeds.values()]
+            cells.append(" ".join(f"{n:.0f}" for n in needed))
+        if set(" ".join(cells).split()) != {"nan"}:
+            print(markdown([label, *cells]))
 
 
 def equal_entropy_cells(label, seeds, name, steps, best):
     """A line of that table; seeds: of each seed the rows."""
     cells, reached = [], 0
     for column in best:
-        values = [at_entropy(rows, name, steps, rows[0]["entropy"], column) for rows in seeds]
+        values = [at_entropy(rows, name, steps, column, rows[0]["entropy"]) for rows in seeds]
         reached = max(reached, sum(not math.isnan(value) for value in values))
         cells.append(common.spread(values, SHOWN[column]))
     if steps is None:
@@ -197,6 +214,7 @@ def main(argv=None):
     results = common.read_results(args.file, "rows")
     print_means(results)
     swept = {label: seeds for label, seeds in results.items() if is_sweep(seeds)}
+    print_worth(results)
     if swept:
         print_equal_entropy(swept)
     if args.plot:

@@ -7,6 +7,7 @@ import os
 import sys
 import types
 from dataclasses import asdict
+from functools import partial
 
 import pytest
 import tiktoken
@@ -14,7 +15,7 @@ import torch
 
 import model
 import train_teacher
-from data import corpus
+from data import command, corpus
 from experiments import autoregressive, common, evaluate, table
 from experiments.autoregressive import autoregress, until_end
 from test_didi import check_law
@@ -28,10 +29,12 @@ HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 
 
 # ------------------------------------------------------------------------------------ a tiny world
-def network(V, L, causal=False, seed=0):
-    """A random Denoiser far from uniform."""
+def network(V, L, causal=False, seed=0, pads=False):
+    """A random Denoiser far from uniform; texts that have pads are 2 tokens or more."""
     torch.manual_seed(seed)
-    net = model.Denoiser(model.Config(V, L, 2, 2, 8, causal)).eval().requires_grad_(False)
+    net = model.Denoiser(model.Config(V, L, 2, 2, 8, causal, pads)).eval().requires_grad_(False)
+    if pads:
+        net.lengths[:] = torch.arange(L + 1) > 1
     for p in net.parameters():
         p.mul_(2)
     return net
@@ -39,14 +42,12 @@ def network(V, L, causal=False, seed=0):
 
 def save(path, kind, L=LENGTH, disc=False, seed=0, tokenizer="bytes", packed=False):
     """A checkpoint of a random network, in the form that the three scripts write."""
-    net = network(corpus.make_tokenizer(tokenizer).n_vocab, L, kind == "causal")
+    net = network(corpus.make_tokenizer(tokenizer).n_vocab, L, kind == "causal", pads=not packed)
     nets, more = {"model": net, "ema": net}, {}
     if disc:
-        kwargs = {"trainable_blocks": 1, "positions": "all", "noise_max": 0.9}
-        nets["disc"] = model.Discriminator(net, **kwargs)
-        more["discriminator"] = kwargs
+        nets["disc"], more["disc_blocks"] = model.Discriminator(net, 1), 1
     model.save_checkpoint(path, nets, kind=kind, config=asdict(net.config), tokenizer=tokenizer,
-                          packed=packed, flags={"data": "corpus", "seed": seed}, step=1,
+                          flags={"data": "corpus", "seed": seed}, step=1,
                           seconds=1.0, **more)
     return net
 
@@ -73,7 +74,7 @@ def refused(main, argv, capsys, *words):
     """main(argv) as the shell would run it: code 2, and one line on stderr with these words."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        model.run_script(lambda: main(argv))
+        command.run_script(lambda: main(argv))
     line, = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and line.startswith("error: ")
     assert all(word in line for word in words), line
@@ -148,17 +149,24 @@ def test_the_autoregressive_script_prints_samples(folder, capsys):
 def test_timed_sampling_repeats_and_counts_calls(models):
     student = common.load_model("out/student.pt", torch.device("cpu"), False)
     teacher = common.load_model("out/teacher.pt", torch.device("cpu"), False, ("teacher",))
-    assert "discriminator" not in teacher and student["eos"] == 256
+    assert "discriminator" not in teacher and student["config"].pad_id == 256
     x, cost = common.write(student, 5, 4, seed=1, batch=2)
     again, _ = common.write(student, 5, 4, seed=1, batch=2)
     other, _ = common.write(student, 5, 4, seed=2, batch=2)
     assert torch.equal(x, again) and not torch.equal(x, other) and x.shape == (5, LENGTH)
-    assert 3 < cost["nfe"] <= 4 and cost["disc_calls"] == 0 and cost["seq_per_s"] > 0
+    assert 2 < cost["nfe"] <= 4 and cost["disc_calls"] == 0 and cost["seq_per_s"] > 0
     _, cost = common.write(student, 5, 4, sampler="rgas", rgas=(1.0, 3, 0.5))
     assert cost["disc_calls"] == pytest.approx(1 + 1 + 3 + 3, abs=1)  # 2 tilted, 2 re-ranked
     seen = []
     common.write(student, 5, 4, on_step=seen.append)
     assert len(seen) == 4 and (seen[-1] < 257).all()  # no warm-up: it would be seen
+
+
+def test_a_frequency_penalty_by_hand():
+    z = torch.tensor([[3, 1, 1, 3], [2, 3, 0, 0]])
+    plain = torch.arange(9.0).view(3, 3)  # logits at the 3 masks
+    logits = common.penalised(lambda z, where: plain, 3, 0.5)(z, z == 3)
+    assert torch.equal(plain - logits, torch.tensor([[0, 1, 0], [0, 1, 0], [1, 0, 0.5]]))
 
 
 def test_spread():
@@ -189,39 +197,42 @@ def test_results_are_added_and_never_half_written(folder, capsys):
 
 
 # ----------------------------------------------------------------------------------------- tables
-def row(name, steps, entropy, valid, T=1.0):
-    return {"row": name, "steps": steps, "entropy": entropy, "valid": valid, "T": T}
+def row(name, steps, entropy, post, T=1.0):
+    return {"row": name, "steps": steps, "entropy": entropy, "post": post, "T": T}
 
 
 def test_equal_entropy_by_hand():
-    rows = [row("held-out data", None, 2.0, 1.0)]
+    rows, at_2 = [row("held-out data", None, 2.0, 1.0)], partial(table.at_entropy, entropy=2.0)
     rows += [row("student", 8, e, v) for e, v in ((1.5, 0.9), (2.5, 0.5))]  # at 2.0: .7
-    assert table.at_entropy(rows, "student", 8, 2.0) == pytest.approx(0.7)
-    assert math.isnan(table.at_entropy(rows, "student", 8, 2.6))
-    assert math.isnan(table.at_entropy(rows, "student", 4, 2.0))
-    assert math.isnan(table.steps_to_match(rows, 2.0))  # no teacher
+    assert at_2(rows, "student", 8, "post") == pytest.approx(0.7)
+    assert math.isnan(table.at_entropy(rows, "student", 8, "post", 2.6))
+    assert math.isnan(at_2(rows, "student", 4, "post"))
+    assert math.isnan(table.steps_to_match(rows, "post", 8, at_2))  # no teacher
     for n, v in {4: 0.2, 8: 0.3, 16: 0.5, 32: 0.6, 64: 0.8, 256: 0.9}.items():
         rows += [row("teacher", n, 2.2, v - 0.1), row("teacher", n, 1.8, v + 0.1)]
-    assert table.steps_to_match(rows, 2.0) == pytest.approx(2 ** 5.5)  # half-way from .6 to .8
-    assert math.isnan(table.steps_to_match(rows, 2.3))
+    worth = partial(table.steps_to_match, column="post", value=at_2)
+    assert worth(rows) == pytest.approx(2 ** 5.5)  # half-way from .6 to .8
+    assert math.isnan(worth(rows, value=partial(table.at_entropy, entropy=2.3)))
 
     def moved(by):
-        students = [r | {"valid": r["valid"] + by} for r in rows if r["row"] == "student"]
+        students = [r | {"post": r["post"] + by} for r in rows if r["row"] == "student"]
         return [r for r in rows if r["row"] != "student"] + students
     better = moved(0.25)
-    assert table.steps_to_match(moved(-0.6), 2.0) == 4
-    assert table.steps_to_match(better, 2.0) == math.inf
+    assert worth(moved(-0.6)) == 4
+    assert worth(better) == math.inf
     no_4 = [r for r in better if (r["row"], r["steps"]) != ("teacher", 4)]
-    assert table.steps_to_match(no_4, 2.0) == math.inf
+    assert worth(no_4) == math.inf
     unknown = [r for r in better if (r["steps"], r["entropy"]) != (256, 2.2)]
-    assert math.isnan(table.steps_to_match(unknown, 2.0))  # 256 steps: outside what was measured
+    assert math.isnan(worth(unknown))  # 256 steps: outside what was measured
 
 
-def test_less_perplexity_is_better():
-    rows = [row("held-out data", None, 2.0, 1.0)]
-    for name, n, ppl in (("student", 8, 20), ("teacher", 8, 30), ("teacher", 32, 10)):
-        rows += [row(name, n, e, 0.0) | {"judge_ppl": ppl} for e in (1.5, 2.5)]
-    assert table.steps_to_match(rows, 2.0, "judge_ppl") == pytest.approx(16)
+def test_what_steps_are_worth_at_temperature_1_and_less_is_better_of_three_measures():
+    rows = [row("teacher", 8, 2.0, 0.2, T=0.5)]
+    for name, n, value in (("student", 16, 20), ("teacher", 8, 30), ("teacher", 32, 10)):
+        rows.append(row(name, n, 2.0, -value) | {"judge_ppl": value, "tv": value, "js3": value})
+    for name in table.GOALS:
+        assert table.steps_to_match(rows, name, 16) == pytest.approx(16)
+        assert math.isnan(table.steps_to_match(rows, name, 8))
 
 
 def write_results(path, *seeds, sweep=False):
@@ -236,15 +247,15 @@ def test_rows_are_paired_by_what_they_are(folder, capsys):
                   [row("new", None, 2.0, 0.9), row("student", 8, 2.0, 0.4)])
     assert not table.main(["r.json"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "| run | seeds | row | steps | T | valid | entropy |"
-    assert lines[2:] == ["| default | 1 | teacher | 8 | 1.0 | 0.100 | 2.000 |",
-                         "| default | 2 | student | 8 | 1.0 | 0.300 +- 0.141 | 2.000 +- 0.000 |",
-                         "| default | 1 | new |  | 1.0 | 0.900 | 2.000 |"]
+    assert lines[0] == "| run | seeds | row | steps | T | post | entropy |"
+    assert lines[2:5] == ["| default | 1 | teacher | 8 | 1.0 | 0.100 | 2.000 |",
+                          "| default | 2 | student | 8 | 1.0 | 0.300 +- 0.141 | 2.000 +- 0.000 |",
+                          "| default | 1 | new |  | 1.0 | 0.900 | 2.000 |"]
 
 
 def test_a_sweeps_table_compares_at_equal_entropy(folder, capsys):
     def seed(by):
-        rows = [{"row": "held-out data", "entropy": 2.0, "valid": 1.0}]
+        rows = [{"row": "held-out data", "entropy": 2.0, "post": 1.0}]
         for T, e in ((1.0, 2.1), (0.8, 1.9 + by)):
             rows += [row("teacher", 32, e, 0.4, T), row("student", 8, e, 0.4 + by, T)]
         return rows
@@ -252,10 +263,10 @@ def test_a_sweeps_table_compares_at_equal_entropy(folder, capsys):
     assert not table.main(["r.json"])
     out = capsys.readouterr().out
     assert "| default | 1 of 2 | student | 8 | 0.400 |" in out
-    assert "by seed, 32, nan steps" in out and "| 0.8 |" not in out
+    assert "| default | nan nan |" in out and "32 inf" in out and "| 0.8 |" not in out
     if HAS_MATPLOTLIB:
         assert not table.main(["r.json", "--plot", "p.png"]) and os.path.getsize("p.png") > 5000
-        assert table.curve({}, "student", 8, "valid").shape == (0, 2)
+        assert table.curve({}, "student", 8, "post").shape == (0, 2)
 
 
 def test_tables_refuse_what_they_cannot_read(folder, monkeypatch, capsys):
@@ -276,9 +287,10 @@ def test_the_table_and_its_file(models, capsys):
     out, results = capsys.readouterr().out, json.load(open("r.json"))
     run, names = results["default"]["0"], ["held-out data", "training data", "teacher", "student"]
     counts = collections.Counter(r["row"] for r in run["rows"])
-    assert list(counts) == [*names, "autoregressive", "student, guided"]
+    penalised = ["teacher, penalty 0.1", "teacher, penalty 0.3"]
+    assert list(counts) == [*names, "autoregressive", *penalised, "student, guided"]
     assert counts["teacher"] == 11 and counts["student"] == 4  # the teacher: 8 steps at 6 T
-    assert all(f"\n{name}" in out for name in counts) and "8 steps: student valid" in out
+    assert all(f"\n{name}" in out for name in counts) and "      post " in out
     held, real = run["rows"][:2]
     assert held["valid"] == real["valid"] == 1 and held["novel"] == 1 and real["novel"] == 0
     assert all(r["judge_ppl"] > 1 and r["valid_se"] >= 0 for r in run["rows"])
@@ -292,7 +304,7 @@ def test_the_table_and_its_file(models, capsys):
     assert not evaluate.main([*FEW, "--rows", "teacher", "--label", "other"])
     results = json.load(open("r.json"))
     assert results["default"]["0"] == run and not os.path.exists("r.json.partial")
-    assert {r["row"] for r in results["other"]["0"]["rows"]} == set(names[:3])
+    assert {r["row"] for r in results["other"]["0"]["rows"]} == {*names[:3], *penalised}
 
 
 def test_a_sweep_with_two_seeds_and_its_pictures(models, capsys, monkeypatch):
@@ -304,7 +316,8 @@ def test_a_sweep_with_two_seeds_and_its_pictures(models, capsys, monkeypatch):
     seeds = json.load(open("r.json"))["default"]
     counts = [collections.Counter(r["row"] for r in seeds[k]["rows"]) for k in "01"]
     assert counts[0] == {"held-out data": 1, "training data": 1, "teacher": 12, "student": 6,
-                         "student, guided": 1, "autoregressive": 6}
+                         "student, guided": 1, "autoregressive": 6, "teacher, penalty 0.1": 2,
+                         "teacher, penalty 0.3": 2}
     assert counts[0] - counts[1] == {"student, guided": 1}
     pictures = ["--plot", "p.png"] if HAS_MATPLOTLIB else []
     capsys.readouterr()

@@ -1,0 +1,143 @@
+"""command.py - what all commands share: types of flags, a log, stopping, errors in one line.
+
+Nothing here is about the method, or about data: makers of corpora and training scripts both run so.
+"""
+import argparse
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
+SHOWN = ("loss", "nelbo", "disc_acc", "spread", "kl")  # by the bar
+
+
+def between(low, high, kind=float):
+    """A type for argparse: numbers from low to high."""
+    def number(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
+        return kind(text)
+    return number
+
+
+FROM_0, FROM_1 = between(0, 10 ** 9, int), between(1, 10 ** 9, int)
+WEIGHT, RATE, SHARE = between(0, 1e6), between(1e-9, 1e6), between(0, 1)
+
+
+def add_device_flags(add):
+    """Flags of all commands that run a network."""
+    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 products [where fast]")
+    add("--seed", type=FROM_0, default=0, help="repeats a run exactly on a CPU")
+
+
+def add_run_flags(add, eval_every, out):
+    """Flags of both training scripts."""
+    add("--minutes", type=RATE, help="stop then, the schedule fitted to it, whatever --updates is")
+    add("--accumulate", type=FROM_1, default=1, help="parts of a batch, one by one: less memory")
+    add("--eval_every", type=FROM_1, default=eval_every, help="updates from table to table")
+    add_device_flags(add)
+    add("--out", default=out, help="checkpoint, written at tables; the log beside it as .jsonl")
+    add("--resume", action="store_true", help="go on from --out; its flags if not given again")
+
+
+def parse_run(p, argv, load):
+    """The flags, and with --resume the checkpoint of --out, load(path), else None."""
+    args, ckpt = p.parse_args(argv), None
+    if args.resume:
+        ckpt = load(args.out)
+        p.set_defaults(**ckpt["flags"] | {"out": args.out})
+    return p.parse_args(argv), ckpt
+
+
+# ------------------------------------------------------------------------------- a training's run
+def share_out(name, args):
+    """--NAME of one part of a batch in one process. ValueError if it isn't a whole number."""
+    parts = args.accumulate * WORLD
+    if getattr(args, name) % parts:
+        raise ValueError(f"--{name} must be a multiple of --accumulate times processes, {parts}")
+    return getattr(args, name) // parts
+
+
+def share_done(args, updates, seconds):
+    """How much of the training is done, 0 to 1: of --minutes if they are given, or of --updates."""
+    if args.minutes is not None:
+        return min(seconds / (60 * args.minutes), 1.0)
+    return min(max(updates, 0) / args.updates, 1.0)
+
+
+def agree(*numbers):
+    """The largest of each over all processes, so that they all do the same."""
+    x = torch.tensor(numbers, dtype=torch.float64)
+    if WORLD > 1:
+        dist.all_reduce(x, dist.ReduceOp.MAX)
+    return x.tolist()
+
+
+@contextlib.contextmanager
+def progress(args, step, total):
+    """A bar and the log beside --out, made new or, with --resume, continued: log(row, table=False).
+
+    A row is a dict of numbers; a table is printed above the bar. Raises ValueError if --out is a
+    folder; log raises FloatingPointError for a number that is not finite.
+    """
+    if os.path.isdir(args.out):
+        raise ValueError(f"--out {args.out} is a folder: name a file in it, such as student.pt")
+    os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
+    path = os.devnull if RANK > 0 else args.out.removesuffix(".pt") + ".jsonl"
+    if args.minutes:
+        total = None
+    mode = "a" if args.resume else "w"
+    with open(path, mode) as f, tqdm(None, args.out, total, initial=step, disable=RANK > 0) as bar:
+        def log(row, table=False):
+            if not all(map(math.isfinite, row.values())):
+                raise FloatingPointError(f"a number is not finite: lower --lr (step {row['step']})")
+            f.write(json.dumps(row) + "\n")
+            f.flush()
+            few = [name for name in row if table or name in SHOWN]
+            text = ", ".join(f"{name} {row[name]:.4g}" for name in few)
+            if table:
+                return bar.write(text)
+            bar.set_postfix_str(text)
+            bar.update()
+        yield log
+
+
+def stop_requested():
+    """From now on Ctrl-C and SIGTERM let the step end: a function, 0 until then, 130 or 143."""
+    seen = [0]
+
+    def handler(number, frame):
+        seen.append(128 + number)
+        signal.signal(number, signal.SIG_DFL)  # a second one stops at once
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+    return lambda: seen[-1]
+
+
+def run_script(main):
+    """Run main() and exit with its code; what the user can mend is one line on stderr and 2."""
+    try:
+        code = main()
+        if code and RANK == 0:
+            print(f"\nstopped, all is saved: go on with python {' '.join(sys.argv)} --resume")
+        if WORLD > 1:
+            dist.barrier()  # the first process may still be writing
+            os._exit(code or 0)  # an interpreter torn down may be aborted by gloo's threads
+    except BrokenPipeError:  # `| head` has seen enough
+        os._exit(0)
+    except KeyboardInterrupt:
+        code = 130
+    except (ValueError, FloatingPointError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        code = 2
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a notebook goes on
+    sys.exit(code)
