@@ -12,7 +12,7 @@ x, z_t, mask_id   clean tokens (B, L); the same masked at level t; the mask toke
 pad_id            fills short texts up to L; never masked, never predicted; -1 if there is none
 t, tau, s         diffusion time in [0, 1], 1 = all masked: a float or (B,)
 log_p_x           log p(x_i | z_t) after SUBS (n, V), at n positions picked out of (B, L)
-B, L, V, G, K     sequences, tokens of each, vocabulary without the mask, group, rollout's steps
+B, L, V, G, K     sequences, tokens of each, tokens to predict (no mask, no pad), group, steps
 Sign: a reward is always maximised. The discriminator has label 1 on the reference, so its logit
 estimates r(z_t) = log q_reference(z_t) - log q_student(z_t), and the student ascends r.
 
@@ -71,7 +71,7 @@ def nelbo(denoiser, x, mask_id, pad_id=-1, t=None):
     where = z == mask_id  # (B, L)
     nll = -predict(denoiser, z, where).gather(1, x[where][:, None])[:, 0]  # (n,)
     weighted = nll / t[where.nonzero()[:, 0]]  # (n,)
-    return weighted.sum() / (x != pad_id).sum(), nll.sum() / max(len(nll), 1)
+    return weighted.sum() / (x != pad_id).sum().clamp(min=1), nll.sum() / max(len(nll), 1)
 
 
 # -------------------------------------------------------------------------------------- sampling
@@ -84,7 +84,7 @@ def draw(log_p_x, num=1):
     rows = max(1, 2 ** 27 // log_p_x.shape[1])
     if len(log_p_x) > rows:  # a part at a time: at most 1 GiB of float64
         return torch.cat([draw(part, num) for part in log_p_x.split(rows)])
-    if log_p_x[:, 0].isnan().any():  # log_softmax makes a whole row NaN for one NaN or infinity
+    if log_p_x[:, 0].isnan().any():  # log_softmax makes a whole row NaN for one NaN or +infinity
         raise FloatingPointError("the network's output is not finite: its weights have diverged, "
                                  "train with a lower --lr")
     cdf = log_p_x.exp().cumsum(-1, dtype=torch.float64)

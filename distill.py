@@ -1,7 +1,7 @@
 """distill.py - DiDi-Instruct (arXiv 2509.25035): distil the teacher into a few-step student.
 
     python distill.py                       # out/teacher.pt -> out/student.pt, some 5 minutes
-    python distill.py --paper               # the paper's own setting
+    python distill.py --paper               # the paper's own objective, at our size
     python distill.py --resume              # go on after Ctrl-C, SIGTERM or a crash
     torchrun --standalone --nproc_per_node=8 distill.py
 
@@ -33,7 +33,7 @@ PAPER = {"mask_share": 1.0, "groups": 32, "G": 4, "K": 2, "w": True, "pi": True,
 def parse_flags(argv=None):
     p = argparse.ArgumentParser(description="Distil the teacher into a few-step student.")
     add, on_off = p.add_argument, argparse.BooleanOptionalAction
-    add("--paper", action="store_true", help="the paper's setting; flags given still win over it")
+    add("--paper", action="store_true", help="the paper's objective; flags given still win over it")
     # 1. rollout
     add("--groups", type=FROM_1, default=16, help="groups per update")
     add("--G", type=between(2, 10 ** 9, int), default=8, help="samples per group")
@@ -43,7 +43,7 @@ def parse_flags(argv=None):
     # 2. and 3. noising and discriminator
     add("--reference", choices=("data", "teacher"), default="data", help="what has label 1")
     add("--coupled", action=on_off, default=True, help="noise x at the rollout's tau; off: U(0, 1)")
-    add("--smoothing", type=SHARE, default=0.0, help="label e: the logit's bound is log((1 - e)/e)")
+    add("--smoothing", type=between(0, 0.49), default=0.0, help="label e bounds the logit")
     add("--disc_blocks", type=FROM_0, default=3, help="last trunk blocks that train, at most all")
     add("--disc_lr", type=RATE, default=3e-4, help="its learning rate (1e-3 ruins the trunk)")
     add("--disc_warmup", type=FROM_0, default=100, help="updates of the discriminator alone")
@@ -51,7 +51,7 @@ def parse_flags(argv=None):
     add("--group_norm", action=on_off, default=True, help="advantages; off: the bare reward")
     add("--eps", type=RATE, default=0.1, help="A = (r - mean)/(std + eps): even groups count less")
     add("--w", action=on_off, default=False, help="weight 1/t at the level t of the reward")
-    add("--pi", action=on_off, default=False, help="divide by pi(t), the density t was drawn from")
+    add("--pi", action=on_off, default=False, help="divide by tau's density given the level before")
     add("--kl", type=WEIGHT, default=0.09, help="weight of the KL to the teacher, per masked token")
     add("--kl_kind", choices=didi.KL_KINDS, default="reverse", help="forward: teacher || student")
     add("--entropy", type=WEIGHT, default=0.0, help="weight of the entropy bonus, per masked token")
@@ -179,6 +179,7 @@ def train(args, nets, teacher, reference, data, about, step, seconds):
         while share < 1 and not code:
             moving = step >= args.disc_warmup
             nets["opt"].param_groups[0]["lr"] = args.lr * (1 - 0.9 * share)
+            nets["disc_opt"].param_groups[0]["lr"] = args.disc_lr
             row = update(args, nets, teacher, reference, groups, moving)
             if moving:
                 update_ema(nets["ema"], nets["model"], args.ema)
@@ -203,9 +204,9 @@ def main(argv=None):
     if args.data is None:
         args.data = made["flags"]["data"]
     data = corpus.load(args.data)
-    if data.tokenizer != made["tokenizer"] or data.packed == teacher.config.pads:
+    if data.tokenizer != made["tokenizer"] or data.length != teacher.config.row_length:
         raise ValueError(f"{args.teacher} was trained on {made['flags']['data']}, and {args.data} "
-                         "has other tokens: give the same corpus with --data")
+                         "has other tokens or rows: give the same corpus with --data")
     reference = make_reference(args, data, teacher)
     nets, step, seconds = networks(args, teacher), 0, 0.0
     if ckpt:

@@ -28,6 +28,7 @@ class Config:
     pads: bool = False     # rows of short texts, each filled up with the tokenizer's last token
     mask_id = property(lambda self: self.vocab_size)
     pad_id = property(lambda self: self.vocab_size - 1 if self.pads else -1)  # -1: there is none
+    row_length = property(lambda self: self.length if self.pads else 0)  # as of a data.corpus
 
 
 def rotate(x, cos, sin):
@@ -64,7 +65,7 @@ class Denoiser(nn.Module):
 
     The buffer `lengths` (L + 1,) is the distribution of the texts' lengths: the length comes first.
     """
-    bf16 = False  # autocast of matrix products; weights, residuals, softmax and losses: float32
+    bf16 = False  # autocast of matrix products; weights, residuals, softmax and losses float32
     def __init__(self, config):
         super().__init__()
         self.config, D, L = config, config.n_embd, config.length
@@ -137,25 +138,24 @@ class Discriminator(nn.Module):
 
 # ------------------------------------------------------------------------------------ checkpoints
 def save_checkpoint(path, nets, **parts):
-    """Write nets, {name: module or optimiser}, and parts; a kill never leaves half a checkpoint.
-
-    Raises FloatingPointError, and keeps the old file, if a weight is not finite.
-    """
+    """Write nets, {name: module or optimiser}, and parts, whole or not at all. Raises OSError, and
+    FloatingPointError if a weight is not finite; then the old file stays."""
     if RANK > 0:
         return
-    for name in ("model", "ema"):
-        if not all(bool(p.isfinite().all()) for p in nets[name].parameters()):
+    for net in nets.values():
+        if isinstance(net, nn.Module) and not all(p.isfinite().all() for p in net.parameters()):
             raise FloatingPointError(f"a weight is not finite: {path} stays as it was, lower --lr")
     states = {name: net.state_dict() for name, net in nets.items()}
-    torch.save({"rng": torch.get_rng_state(), **states, **parts}, f"{path}.partial")
+    try:
+        torch.save({"rng": torch.get_rng_state(), **states, **parts}, f"{path}.partial")
+    except RuntimeError as e:  # of torch's writer, where a disk is full
+        raise OSError(f"{path} stays as it was, it cannot be written: {e}") from None
     os.replace(f"{path}.partial", path)
 
 
 def load_checkpoint(path, kinds, device="cpu", bf16=False):
-    """(checkpoint, its averaged Denoiser, frozen); executes no code from the file.
-
-    kinds: of "teacher", "causal", "student". Raises ValueError that says what to do.
-    """
+    """(checkpoint, its averaged Denoiser, frozen); executes no code from the file. kinds: "teacher",
+    "causal", "student". Raises ValueError that says what to do."""
     maker = "distill.py" if "student" in kinds else "train_teacher.py"
     try:
         ckpt = torch.load(path, map_location=device, weights_only=True)
@@ -181,12 +181,12 @@ def restore(nets, ckpt, path):
     except (KeyError, RuntimeError, ValueError):
         raise ValueError(f"{path}: its {name!r} does not fit: resume with its own flags, or make "
                          "it again") from None
-    if RANK == 0:  # other processes and GPUs begin new ones
+    torch.cuda.manual_seed(ckpt["step"])  # GPUs begin new random numbers, and so do ..
+    if RANK == 0:  # .. other processes
         torch.set_rng_state(ckpt["rng"].cpu())
     return ckpt["step"], ckpt["seconds"]
 
 
-# -------------------------------------------------------------------------- device and processes
 def setup(args):
     """(device, bf16) for --device and --bf16; joins torchrun's processes; seeds. ValueError."""
     # oneDNN keeps 1,024 kernels, one for each number of masks: 6 MB more in every update

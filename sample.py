@@ -95,17 +95,17 @@ def printable(text, keep=""):
 
 def watcher(steps, config, encoding):
     """on_step(z) that redraws the texts on a terminal; elsewhere it prints the first, a line."""
-    live, (columns, rows), frames = sys.stdout.isatty(), shutil.get_terminal_size(), []
+    live, (columns, rows), count = sys.stdout.isatty(), shutil.get_terminal_size(), [0]
 
     def as_line(ids):
         shown = {i: printable(encoding.decode([i])) for i in ids if 0 <= i < config.mask_id}
         return "".join(map((shown | {config.mask_id: "\u2591", config.pad_id: ""}).get, ids))
 
     def on_step(z):
-        frames.append(z)
-        lines = [f"step {len(frames)}/{steps}", *map(as_line, z[:rows - 2].tolist())]
+        count[0] = count[0] % steps + 1
+        lines = [f"step {count[0]}/{steps}", *map(as_line, z[:rows - 2].tolist())]
         if live:  # over the frame before; a wrapped line would spoil that
-            up = f"\x1b[{len(lines)}A\x1b[J" if len(frames) > 1 else ""
+            up = f"\x1b[{len(lines)}A\x1b[J" if count[0] > 1 else ""
             print(up + "\n".join(line[:columns - 1] for line in lines), flush=True)
             time.sleep(0.3)
         else:

@@ -40,12 +40,12 @@ def add_device_flags(add):
 
 def add_run_flags(add, eval_every, out):
     """Flags of both training scripts."""
-    add("--minutes", type=RATE, help="stop then, the schedule fitted to it, whatever --updates is")
-    add("--accumulate", type=FROM_1, default=1, help="parts of a batch, one by one: less memory")
+    add("--minutes", type=RATE, help="stop then, schedule fitted to it, whatever --updates is")
+    add("--accumulate", type=FROM_1, default=1, help="parts of a batch, each a mean: less memory")
     add("--eval_every", type=FROM_1, default=eval_every, help="updates from table to table")
     add_device_flags(add)
     add("--out", default=out, help="checkpoint, written at tables; the log beside it as .jsonl")
-    add("--resume", action="store_true", help="go on from --out; its flags if not given again")
+    add("--resume", action="store_true", help="go on from --out, with its flags and those given")
 
 
 def parse_run(p, argv, load):
@@ -94,15 +94,22 @@ def progress(args, step, total):
     path = os.devnull if RANK > 0 else args.out.removesuffix(".pt") + ".jsonl"
     if args.minutes:
         total = None
-    mode = "a" if args.resume else "w"
-    with open(path, mode) as f, tqdm(None, args.out, total, initial=step, disable=RANK > 0) as bar:
+    kept = []  # of a run that is resumed: a killed one's log is ahead of its checkpoint
+    if args.resume and os.path.isfile(path):
+        with open(path, encoding="utf-8") as f:
+            whole = [line for line in f if line.endswith("\n")]
+        kept = [line for line in whole if json.loads(line)["step"] <= step]
+    with open(path, "w", encoding="utf-8") as f, tqdm(None, args.out, total, initial=step,
+                                                      disable=RANK > 0) as bar:
+        f.writelines(kept)
+
         def log(row, table=False):
             if not all(map(math.isfinite, row.values())):
                 raise FloatingPointError(f"a number is not finite: lower --lr (step {row['step']})")
             f.write(json.dumps(row) + "\n")
             f.flush()
             few = [name for name in row if table or name in SHOWN]
-            text = ", ".join(f"{name} {row[name]:.4g}" for name in few)
+            text = ", ".join(f"{name} {round(row[name], 4)}" for name in few)
             if table:
                 return bar.write(text)
             bar.set_postfix_str(text)
@@ -125,10 +132,13 @@ def stop_requested():
 def run_script(main):
     """Run main() and exit with its code; what the user can mend is one line on stderr and 2."""
     try:
+        for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character shows ?
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")
         code = main()
         if code and RANK == 0:
-            print(f"\nstopped, all is saved: go on with python {' '.join(sys.argv)} --resume")
-        if WORLD > 1:
+            print("\nstopped, all is saved: go on with the same command and --resume", flush=True)
+        if dist.is_initialized():
             dist.barrier()  # the first process may still be writing
             os._exit(code or 0)  # an interpreter torn down may be aborted by gloo's threads
     except BrokenPipeError:  # `| head` has seen enough

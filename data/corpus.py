@@ -30,7 +30,7 @@ import torch
 
 DEFAULT = "out/signatures"  # makes itself where it is missing
 MAKERS = ("signatures", "text", "fasta")  # modules whose `quality` a corpus may name
-MAGIC, VERSION, SHARD = 20240520, 1, 10 ** 9  # of llm.c's format; tokens in a file, at most
+MAGIC, VERSION, SHARD = 20240520, 1, 10 ** 9  # of llm.c's format; tokens in a file, about
 GPT2_FILES = {"vocab.bpe": "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",  # as tiktoken calls them
               "encoder.json": "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"}
 AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWYX"  # the 20, and X for anything else
@@ -265,7 +265,7 @@ def write(folder, pieces, maker, tokenizer, length, made_from):
     that is taken for the whole. Returns {"train": tokens, "val": tokens}. Raises ValueError if a
     split is empty or the folder cannot be written.
     """
-    parent, name = os.path.split(os.path.abspath(folder))
+    counts, (parent, name) = {}, os.path.split(os.path.abspath(folder))
     os.makedirs(parent, exist_ok=True)
     partial = tempfile.mkdtemp(prefix=f"{name}.", suffix=".partial", dir=parent)
     try:

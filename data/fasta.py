@@ -15,7 +15,7 @@ import sys
 import zlib
 
 from data import corpus
-from data.command import run_script
+from data.command import FROM_1, run_script
 
 SHOWN = ("entropy", "length", "ks", "js2")  # what the tables of training show
 K, SAME = 5, 0.5  # a sequence is novel if no training sequence has half of its 5-mers
@@ -128,7 +128,7 @@ def main(argv=None):
     """The command line; argv: its words, those of the shell if None."""
     p = argparse.ArgumentParser(description="Make a corpus of the proteins in a FASTA file.")
     p.add_argument("file", help="FASTA, perhaps compressed by gzip or xz")
-    p.add_argument("--length", type=int, default=128, help="residues in a row")
+    p.add_argument("--length", type=FROM_1, default=128, help="residues in a row")
     p.add_argument("--long", choices=("drop", "crop"), default="drop", help="longer ones")
     p.add_argument("--out", help="corpus folder to make [out/<stem of the file>]")
     args = p.parse_args(argv)

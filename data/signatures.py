@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from data import corpus
-from data.command import run_script
+from data.command import FROM_1, run_script
 
 SHOWN = ("valid", "post", "tv", "js3")  # what the tables of training show
 SIGNATURE = re.compile(r"^[ \t]*(def [A-Za-z_]\w*\(.*\).*:)(?:[ \t]*\.\.\.)?[ \t]*$",
@@ -123,7 +123,7 @@ def main(argv=None):
     """The command line; argv: its words, those of the shell if None."""
     p = argparse.ArgumentParser(description="Make the default corpus, Python signatures.")
     p.add_argument("--out", default=corpus.DEFAULT, help="corpus folder to make")
-    p.add_argument("--length", type=int, default=48, help="tokens in a row, the end included")
+    p.add_argument("--length", type=FROM_1, default=48, help="tokens in a row, the end included")
     args = p.parse_args(argv)
     corpus.refuse_existing(args.out)
     counts = prepare(args.out, args.length)

@@ -14,7 +14,7 @@ import sys
 import distill
 from data import corpus
 from experiments import common
-from data.command import run_script
+from data.command import FROM_0, FROM_1, add_device_flags, run_script
 from model import setup
 
 # As in the paper's table, in its setting (--paper): each row with all those before it. Rows that
@@ -38,11 +38,10 @@ def parse_flags(argv=None):
     add = p.add_argument
     add("file", help="results, {label: {seed: row}}, JSON; an existing file is continued")
     add("--teacher", default="out/{seed}/teacher.pt", help="checkpoints; {seed} is the run's seed")
-    add("--seeds", type=int, nargs="+", default=(0, 1, 2), help="one run of each row for each")
-    add("--num", type=int, default=1000, help="samples to measure: standard error .015 at 1,000")
+    add("--seeds", type=FROM_0, nargs="+", default=(0, 1, 2), help="one run of each row for each")
+    add("--num", type=FROM_1, default=1000, help="samples to measure: standard error .015 at 1,000")
     add("--out", default="out/ablation.pt", help="where each student lies until the next run")
-    add("--device", default="auto", help="auto, cpu, cuda or mps")
-    add("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 products [where fast]")
+    add_device_flags(add)
     p.set_defaults(seed=4321)  # of the samples to measure, the same for every student
     args, more = p.parse_known_args(argv)
     return args, [flag for flag in more if flag != "--"]

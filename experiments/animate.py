@@ -9,7 +9,7 @@ import time
 
 from data import corpus
 from experiments import common
-from data.command import run_script
+from data.command import FROM_1, RATE, add_device_flags, run_script
 from model import setup
 
 
@@ -20,12 +20,10 @@ def parse_flags(argv=None):
     add("--teacher", default="out/teacher.pt", help="checkpoint of train_teacher.py")
     add("--student", default="out/student.pt", help="checkpoint of distill.py")
     add("--causal", default="out/causal.pt", help="checkpoint of train_teacher.py --causal")
-    add("--lines", type=int, default=10, help="texts that each model writes at once")
-    add("--seconds", type=float, default=12.0, help="that the slowest model takes in the GIF")
-    add("--fps", type=int, default=10, help="frames a second")
-    add("--device", default="auto", help="auto, cpu, cuda or mps")
-    add("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 products [where fast]")
-    add("--seed", type=int, default=0, help="of the texts")
+    add("--lines", type=FROM_1, default=10, help="texts that each model writes at once")
+    add("--seconds", type=RATE, default=12.0, help="that the slowest model takes in the GIF")
+    add("--fps", type=FROM_1, default=10, help="frames a second")
+    add_device_flags(add)
     return p.parse_args(argv)
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import didi
 from data import corpus
-from data.command import run_script
+from data.command import FROM_1, RATE, add_device_flags, run_script
 from model import load_checkpoint, rotate, setup
 
 
@@ -83,11 +83,9 @@ def parse_flags(argv=None):
     p = argparse.ArgumentParser(description="Sample from the autoregressive baseline.")
     add = p.add_argument
     add("--model", default="out/causal.pt", help="checkpoint of train_teacher.py --causal")
-    add("--num", type=int, default=16, help="samples, all at once")
-    add("--temperature", type=float, default=1.0, help="divides the logits; 1 = the model's law")
-    add("--device", default="auto", help="auto, cpu, cuda or mps")
-    add("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 products [where fast]")
-    add("--seed", type=int, default=0, help="repeats the samples exactly on a CPU")
+    add("--num", type=FROM_1, default=16, help="samples, all at once")
+    add("--temperature", type=RATE, default=1.0, help="divides the logits; 1 = the model's law")
+    add_device_flags(add)
     return p.parse_args(argv)
 
 

@@ -24,7 +24,7 @@ import train_teacher
 from data import corpus
 from experiments import common
 from experiments.autoregressive import until_end
-from data.command import run_script, share_out
+from data.command import FROM_1, add_device_flags, run_script, share_out
 from model import Config, Denoiser, load_checkpoint, setup, update_ema
 
 # bfloat16, dense, FLOP/s, by the makers (SXM where there is one)
@@ -41,13 +41,11 @@ def parse_flags(argv=None):
     add("--teacher", default="out/teacher.pt", help="checkpoint of train_teacher.py")
     add("--student", default="out/student.pt", help="checkpoint of distill.py")
     add("--causal", default="out/causal.pt", help="of train_teacher.py --causal, if it is there")
-    add("--at_once", type=int, default=256, help="texts at once, besides one at a time")
-    add("--times", type=int, default=20, help="training steps to time")
+    add("--at_once", type=FROM_1, default=256, help="texts at once, besides one at a time")
+    add("--times", type=FROM_1, default=20, help="training steps to time")
     add("--json", help="add the rows to this file")
     add("--label", default="default", help="with --json: what to call them")
-    add("--device", default="auto", help="auto, cpu, cuda or mps")
-    add("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 products [where fast]")
-    add("--seed", type=int, default=0, help="of texts and of new networks")
+    add_device_flags(add)
     args, more = p.parse_known_args(argv)
     if more and args.what in ("models", "sampler"):
         p.error(f"{args.what} knows no {' '.join(more)}")

@@ -21,7 +21,7 @@ from data import corpus
 from experiments import common
 from experiments.autoregressive import until_end
 from experiments.table import GOALS, at_entropy, steps_to_match
-from data.command import run_script
+from data.command import FROM_1, SHARE, WEIGHT, add_device_flags, run_script
 from model import setup
 from train_teacher import causal_nll
 
@@ -41,21 +41,16 @@ def parse_flags(argv=None):
     add("--data", help="corpus folder [the one that the model was trained on]")
     add("--rows", choices=("all", "teacher", "student"), default="all", help="whose rows")
     add("--sweep", action="store_true", help="all numbers of steps at all temperatures, .7 to 1.2")
-    add("--samples", type=int, default=1000, help="in a row; differences of fewer are mostly noise")
-    add("--batch", type=int, default=256, help="B, sequences at once: as memory allows")
+    add("--samples", type=FROM_1, default=1000, help="in a row; differences of fewer are mostly noise")
+    add("--batch", type=FROM_1, default=256, help="B, sequences at once: as memory allows")
     add("--judge", help="a GPT-2 of the package transformers instead of --causal: name or folder")
-    add("--guidance", type=float, default=1.0, help="h, weight of the reward's gradient in rgas")
-    add("--candidates", type=int, default=4, help="M, next states to choose from in rgas")
-    add("--switch", type=float, default=0.5, help="share of guided steps that use the gradient")
+    add("--guidance", type=WEIGHT, default=1.0, help="h, weight of the reward's gradient in rgas")
+    add("--candidates", type=FROM_1, default=4, help="M, next states to choose from in rgas")
+    add("--switch", type=SHARE, default=0.5, help="share of guided steps that use the gradient")
     add("--json", help="add the rows to this file, under --label and the training seed")
     add("--label", default="default", help="what to call the run in --json")
-    add("--device", default="auto", help="auto, cpu, cuda or mps")
-    add("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 products [where fast]")
-    add("--seed", type=int, default=0, help="of the samples, the same for each row")
-    args = p.parse_args(argv)
-    if args.samples < 1 or args.batch < 1:
-        raise ValueError("--samples and --batch must be at least 1")
-    return args
+    add_device_flags(add)
+    return p.parse_args(argv)
 
 
 # ---------------------------------------------------------------------------------------- the judge

@@ -31,36 +31,35 @@ for path in sys.argv[1:]:
 EOF
 }
 
-# Five seeds of teacher, judge and student, two of them with other arithmetic: seed 3 in float32,
-# seed 4 with two threads. SDTT's student and the paper's setting with three. $1: a seed, or all.
+# Five seeds of teacher and student, two of them with other arithmetic: seed 3 in float32, seed 4
+# with two threads. One causal model judges all. $1: one seed, or all; 0 comes first. 90 minutes.
 few_steps() {
     for s in ${1:-0 1 2 3 4}; do
         export OMP_NUM_THREADS=1
         how="--seed $s"
         case $s in
+            0) python train_teacher.py --causal --out out/0/causal.pt ;;
             3) how="--seed 3 --no-bf16" ;;
             4) export OMP_NUM_THREADS=2 ;;
         esac
-        models="--teacher out/$s/teacher.pt --causal out/$s/causal.pt"
         python train_teacher.py $how --out out/$s/teacher.pt
-        python train_teacher.py $how --causal --out out/$s/causal.pt
         python distill.py $how --teacher out/$s/teacher.pt --out out/$s/default.pt
-        python -m experiments.evaluate $models --student out/$s/default.pt \
-            --json $results/nano.json --label default
+        python -m experiments.evaluate --teacher out/$s/teacher.pt --causal out/0/causal.pt \
+            --student out/$s/default.pt --json $results/nano.json --label default
     done
 }
 
-# Other students of the same teachers. $1: a seed, or all.
+# Other students of the same teachers. $1: one seed, or all.
 others() {
     export OMP_NUM_THREADS=1
     for s in ${1:-0 1 2}; do
-        models="--teacher out/$s/teacher.pt --causal out/$s/causal.pt"
-        about="--rows student --json $results/nano.json --label"
         flags="--seed $s --teacher out/$s/teacher.pt"
         python -m experiments.sdtt $flags --out out/$s/sdtt.pt
-        python -m experiments.evaluate $models --student out/$s/sdtt.pt $about sdtt
         python distill.py $flags --paper --out out/$s/paper.pt
-        python -m experiments.evaluate $models --student out/$s/paper.pt $about paper
+        for run in sdtt paper; do
+            python -m experiments.evaluate --rows student --student out/$s/$run.pt \
+                --causal out/0/causal.pt --json $results/nano.json --label $run
+        done
     done
 }
 
@@ -89,12 +88,16 @@ speed() {
 
 signatures() {
     few_steps
-    python -m experiments.ablate $results/ablation.json  # 18 rows, three seeds: 6 hours
+    others
+    sweep
+    python -m experiments.ablate $results/ablation.json  # 15 rows, three seeds: 5 hours
     speed
     # the front page: samples, the figure, the animation
     python sample.py --model out/0/teacher.pt --steps 8 --num 6 > $results/samples.txt
     python sample.py --model out/0/default.pt --steps 8 --num 6 >> $results/samples.txt
-    python -m experiments.table $results/nano.json --plot $results/frontier.png
+    log_means out/[0-4]/default.jsonl out/[012]/sdtt.jsonl out/[012]/paper.jsonl \
+        > $results/logs.txt
+    python -m experiments.table $results/sweep.json --plot $results/frontier.png
     python -m experiments.animate $results/writing.gif --student out/0/default.pt \
         --teacher out/0/teacher.pt --causal out/0/causal.pt
 }
@@ -103,7 +106,7 @@ signatures() {
 text() {
     export OMP_NUM_THREADS=1
     python -m data.text "$1" --out out/wikinews
-    few="--data out/wikinews --length 64 --muon --lr 4e-3"
+    few="--data out/wikinews --length 64 --lr 4e-3"
     # keep memory that is freed: see README.md
     export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
     for most in 65536 0; do
@@ -162,6 +165,6 @@ first_run() {
 }
 
 case $1 in
-    signatures | text | proteins | prepare | first_run) "$@" ;;
+    signatures | few_steps | others | sweep | speed | text | proteins | prepare | first_run) "$@" ;;
     *) sed -n '2,/^set -e/s/^# \{0,1\}//p' experiments/reproduce.sh ;;
 esac

@@ -19,7 +19,7 @@ from tqdm import tqdm
 import didi
 import distill
 from data import corpus
-from data.command import progress, run_script, stop_requested
+from data.command import FROM_1, RATE, SHARE, add_device_flags, progress, run_script, stop_requested
 from model import load_checkpoint, save_checkpoint, setup, update_ema
 
 
@@ -29,20 +29,18 @@ def parse_flags(argv=None):
     add("--teacher", default="out/teacher.pt", help="checkpoint of train_teacher.py")
     add("--data", help="corpus folder [the teacher's]")
     add("--out", default="out/sdtt.pt", help="checkpoint, the log beside it as .jsonl")
-    add("--rounds", type=int, nargs="+", default=(32, 16, 8, 4), help="sampling steps of each")
-    add("--updates", type=int, default=960, help="in all, shared out evenly among the rounds")
-    add("--batch", type=int, default=128, help="sequences per update")
-    add("--lr", type=float, default=1e-3, help="falls linearly to a tenth; supervised, so high")
+    add("--rounds", type=FROM_1, nargs="+", default=(32, 16, 8, 4), help="sampling steps of each")
+    add("--updates", type=FROM_1, default=960, help="in all, shared out evenly among the rounds")
+    add("--batch", type=FROM_1, default=128, help="sequences per update")
+    add("--lr", type=RATE, default=1e-3, help="falls linearly to a tenth; supervised, so high")
     add("--kl_kind", choices=didi.KL_KINDS, default="reverse",
         help="forward would learn the teacher's one-step prediction again, see sdtt_target")
-    add("--ema", type=float, default=0.97, help="decay of the weight average that is sampled")
-    add("--device", default="auto", help="auto, cpu, cuda or mps")
-    add("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 products [where fast]")
-    add("--seed", type=int, default=0, help="repeats a run exactly on a CPU")
+    add("--ema", type=SHARE, default=0.97, help="decay of the weight average that is sampled")
+    add_device_flags(add)
     p.set_defaults(resume=False, minutes=None)  # for progress
     args = p.parse_args(argv)
-    if min(args.rounds) < 1 or args.updates < len(args.rounds):
-        raise ValueError("--rounds must all be at least 1, with at least one of --updates for each")
+    if args.updates < len(args.rounds):
+        raise ValueError("--updates must be at least one for each of --rounds")
     return args
 
 

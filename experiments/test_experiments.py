@@ -365,7 +365,6 @@ def test_what_does_not_fit_is_refused(models, capsys):
     refused(evaluate.main, [*CPU, "--student", "out/teacher.pt"], capsys, "holds a teacher")
     refused(evaluate.main, [*CPU, "--data", "none"], capsys, "none")
     refused(evaluate.main, ["--json", "no/such.json"], capsys, "no/such.json")
-    refused(evaluate.main, ["--samples", "0"], capsys, "--samples")
     corpus.write_rows("longer", LINES, "signatures", "bytes", 20, {})
     refused(evaluate.main, [*CPU, "--data", "longer"], capsys, "longer", "--data")
     save("out/longer.pt", "student", L=20)

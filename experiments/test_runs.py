@@ -5,8 +5,10 @@ What they compute is tested in test_didi.py, whose toys serve here too.
 import functools
 import glob
 import itertools
+import json
 import os
 import re
+import resource
 import signal
 import types
 
@@ -90,6 +92,35 @@ def test_resume_is_the_uninterrupted_run(
     assert load("b.pt")[0]["step"] == updates
     assert not script.main(["--resume", "--out", "b.pt"])  # the other flags: the checkpoint's
     assert_same("a.pt", "b.pt")
+    logs = [map(json.loads, open(path)) for path in ("a.jsonl", "b.jsonl")]
+    a, b = ([row["step"] for row in log if "seconds" in row] for log in logs)
+    assert a == b == list(range(1, len(a) + 1))  # none twice, none lost
+
+
+@BOTH
+def test_a_full_disk_leaves_the_old_checkpoint_and_one_line(tiny, capfd, script, flags):
+    """The limit is below the size of a checkpoint, as a full disk is."""
+    whole = (tiny / "out/teacher.pt").read_bytes(), (tiny / "out/student.pt").read_bytes()
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        code, _, err = outcome(script.main, flags, capfd)
+        os._exit(code + ("stays as it was" not in err.splitlines()[-1]))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+    assert whole == ((tiny / "out/teacher.pt").read_bytes(), (tiny / "out/student.pt").read_bytes())
+
+
+def test_a_terminal_of_another_alphabet_shows_a_question_mark(tiny, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii:strict")
+    path = os.path.join(HERE, "sample.py")
+    assert len(run(path, "--num", "9", *ON_CPU, path=HERE).splitlines()) == 10
+
+
+def test_distillation_refuses_rows_of_another_length(tiny, capsys):
+    lines = [f"def f{i}(a, b={i}):" for i in range(80)]
+    corpus.write_rows("longer", lines, "signatures", "bytes", 32, {})
+    refused(distill.main, [*DISTIL, "--data", "longer"], capsys, "rows")
 
 
 @BOTH
