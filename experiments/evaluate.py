@@ -28,7 +28,7 @@ from train_teacher import causal_nll
 STEPS = {"teacher": (4, 8, 16, 32, 64, 256, 1024), "student": (4, 8, 16, 32),
          "autoregressive": (None,)}
 TEMPERATURES = (1.2, 1.1, 1.0, 0.9, 0.8, 0.7)  # with --sweep, and always of the teacher in 8 steps
-PENALISED = [(strength, T) for strength in (0.1, 0.3) for T in (0.8, 0.6)]  # teacher in 8 steps
+PENALISED = ((0.1, 0.8), (0.3, 0.6))  # frequency penalty and temperature, both models in 8 steps
 HEAD = ["row", "steps", "T", "nfe", "disc_calls"]
 
 
@@ -41,7 +41,7 @@ def parse_flags(argv=None):
     add("--data", help="corpus folder [the one that the model was trained on]")
     add("--rows", choices=("all", "teacher", "student"), default="all", help="whose rows")
     add("--sweep", action="store_true", help="all numbers of steps at all temperatures, .7 to 1.2")
-    add("--samples", type=FROM_1, default=1000, help="in a row; differences of fewer are mostly noise")
+    add("--samples", type=FROM_1, default=1000, help="in a row; of fewer, mostly noise")
     add("--batch", type=FROM_1, default=256, help="B, sequences at once: as memory allows")
     add("--judge", help="a GPT-2 of the package transformers instead of --causal: name or folder")
     add("--guidance", type=WEIGHT, default=1.0, help="h, weight of the reward's gradient in rgas")
@@ -134,9 +134,9 @@ def plan(models, sweep, L):
             several = sweep or (name, steps) == ("teacher", 8)
             for T in TEMPERATURES if several else (1.0,):
                 rows.append((name, name, steps, T, sampler))
-    if "teacher" in models:
+    for name in [name for name in ("teacher", "student") if name in models]:
         for strength, T in PENALISED:
-            rows.append((f"teacher, penalty {strength}", "teacher", 8, T, strength))
+            rows.append((f"{name}, penalty {strength}", name, 8, T, strength))
     if "discriminator" in models.get("student", ()):
         for steps in STEPS["student"] if sweep else (8,):
             rows.append(("student, guided", "student", steps, 1.0, "rgas"))

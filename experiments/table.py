@@ -110,7 +110,7 @@ def print_means(results):
     print(head(["run", "seeds", "row", "steps", "T", *shown]))
     for label, rows in groups.items():
         for (name, steps, T), same in rows.items():
-            usual = T in (None, 1) or (name.startswith("teacher") and steps == 8)
+            usual = T in (None, 1) or "penalty" in name or (name, steps) == ("teacher", 8)
             if is_sweep(results[label]) and not usual:
                 continue
             values = {name: [row.get(name) for row in same] for name in shown}
