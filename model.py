@@ -154,7 +154,7 @@ def save_checkpoint(path, nets, **parts):
 
 
 def load_checkpoint(path, kinds, device="cpu", bf16=False):
-    """(checkpoint, its averaged Denoiser, frozen); executes no code from the file. Its kind is one of
+    """(checkpoint, its averaged Denoiser, frozen); executes no code from the file. It is one of the
     kinds: "teacher", "causal", "student". Raises ValueError that says what to do."""
     maker = "distill.py" if "student" in kinds else "train_teacher.py"
     try:
