@@ -1,7 +1,7 @@
 """table.py - read the results of experiments.evaluate: Markdown tables over seeds, and a plot.
 
     python -m experiments.table experiments/results/nano.json
-    python -m experiments.table experiments/results/nano.json --plot assets/frontier.png
+    python -m experiments.table out/sweep.json --plot out/frontier.png      # of runs with --sweep
 
 A model need only become less diverse to look better, so quality is also compared at equal entropy:
 each model at the temperature that gives its samples the entropy of held-out data. That needs runs
