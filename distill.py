@@ -2,7 +2,6 @@
 
     python distill.py                       # out/teacher.pt -> out/student.pt, some 4 minutes
     python distill.py --paper               # the paper's own objective, at our size
-    python distill.py --resume              # go on after Ctrl-C, SIGTERM or a crash
     torchrun --standalone --nproc_per_node=8 distill.py
 
 `update` is the algorithm, numbered as in the README. Left out on purpose: replay of old samples and
@@ -23,11 +22,9 @@ from data.command import (FROM_0, FROM_1, RATE, SHARE, WEIGHT, add_run_flags, ag
 from model import (RANK, Discriminator, average_gradients, load_checkpoint, restore,
                    save_checkpoint, setup, update_ema)
 
-# What the paper does: rollouts of two steps from all masks, groups of 4, weights, regularisers,
-# samples of the teacher as the reference. Its learning rate is 1e-6, for 169 M parameters.
 PAPER = {"mask_share": 1.0, "groups": 32, "G": 4, "K": 2, "w": True, "pi": True, "smoothing": 0.1,
          "kl_kind": "forward", "kl": 0.1, "entropy": 0.01, "reference": "teacher", "eps": 1e-4,
-         "lr": 1e-4}
+         "lr": 1e-4}  # what the paper does, but for its learning rate: 1e-6, for 169 M parameters
 
 
 def parse_flags(argv=None):
@@ -64,6 +61,18 @@ def parse_flags(argv=None):
     if p.parse_args(argv).paper:
         p.set_defaults(**PAPER)
     return parse_run(p, argv, lambda path: load_checkpoint(path, ("student",))[0])
+
+
+def load_teacher(args, device, bf16):
+    """The teacher of --teacher and the Corpus of --data, or its own. ValueError if they differ."""
+    made, teacher = load_checkpoint(args.teacher, ("teacher",), device, bf16)
+    if args.data is None:
+        args.data = made["flags"]["data"]
+    data = corpus.load(args.data)
+    if data.tokenizer != made["tokenizer"] or data.length != teacher.config.row_length:
+        raise ValueError(f"{args.teacher} was trained on {made['flags']['data']}, and {args.data} "
+                         "has other tokens or rows: give the same corpus with --data")
+    return teacher, data
 
 
 def networks(args, teacher):
@@ -145,16 +154,15 @@ def update(args, nets, teacher, reference, groups, moving):
         # 3. discriminator: label 1 on the reference
         enter, enter_ref = disc.enters(z_student), disc.enters(z_ref)  # (B, L), (n, L)
         logits_ref, logits = disc(torch.cat((z_ref, z_student[:n]))).split(n)
-        disc_loss = didi.discriminator_loss(logits_ref, enter_ref, logits, enter[:n],
-                                            args.smoothing)
-        (disc_loss / args.accumulate).backward()
+        loss = didi.discriminator_loss(logits_ref, enter_ref, logits, enter[:n], args.smoothing)
+        (loss / args.accumulate).backward()
         # 4. reward, from the same logits and those of the other half, compared within groups
         with torch.no_grad():
             logits = torch.cat((logits, disc(z_student[n:])))
         r_ref, r = didi.reward(logits_ref, enter_ref), didi.reward(logits, enter)  # (n,), (B,)
         advantage = didi.grouped_advantage(r, G, eps=args.eps) if args.group_norm else r
         right = (r_ref > 0).float().mean() + (r < 0).float().mean()
-        row = {"disc_loss": disc_loss.item(), "disc_acc": right.item() / 2,
+        row = {"disc_loss": loss.item(), "disc_acc": right.item() / 2,
                "r_ref": r_ref.mean().item(), "r_student": r.mean().item(),
                "spread": r.view(-1, G).std(1, correction=0).mean().item()}
         # 5. student step: policy gradient, KL to the teacher, entropy bonus
@@ -183,7 +191,6 @@ def train(args, nets, teacher, reference, data, about, step, seconds):
             row = update(args, nets, teacher, reference, groups, moving)
             if moving:
                 update_ema(nets["ema"], nets["model"], args.ema)
-
             step += 1
             seconds, code = agree(time.perf_counter() - begin, stop())
             share = share_done(args, step - args.disc_warmup, seconds)
@@ -192,27 +199,20 @@ def train(args, nets, teacher, reference, data, about, step, seconds):
             if table or code:
                 save_checkpoint(args.out, nets, step=step, seconds=seconds, **about)
             if table and RANK == 0:
-                measures = data.measures(nets["ema"], didi.sample, (4, 8, 16))
-                log({"step": step, **measures}, table=True)
+                log({"step": step, **data.measures(nets["ema"], didi.sample, (4, 8, 16))}, True)
     return int(code)
 
 
 def main(argv=None):
     args, ckpt = parse_flags(argv)
     device, bf16 = setup(args)
-    made, teacher = load_checkpoint(args.teacher, ("teacher",), device, bf16)
-    if args.data is None:
-        args.data = made["flags"]["data"]
-    data = corpus.load(args.data)
-    if data.tokenizer != made["tokenizer"] or data.length != teacher.config.row_length:
-        raise ValueError(f"{args.teacher} was trained on {made['flags']['data']}, and {args.data} "
-                         "has other tokens or rows: give the same corpus with --data")
+    teacher, data = load_teacher(args, device, bf16)
     reference = make_reference(args, data, teacher)
     nets, step, seconds = networks(args, teacher), 0, 0.0
     if ckpt:
         step, seconds = restore(nets, ckpt, args.out)
     about = {"kind": "student", "config": asdict(teacher.config), "tokenizer": data.tokenizer,
-             "flags": vars(args), "disc_blocks": args.disc_blocks}
+             "flags": vars(args)}
     return train(args, nets, teacher, reference, data, about, step, seconds)
 
 

@@ -114,7 +114,7 @@ class Denoiser(nn.Module):
 class Discriminator(nn.Module):
     """A copy of the *loaded* teacher, frozen but for its last blocks, with a spectral-norm head:
     one logit per position, log q_reference(z_t) - log q_student(z_t) at its optimum."""
-    def __init__(self, teacher, trainable_blocks):
+    def __init__(self, teacher, trainable_blocks=0):
         super().__init__()
         D, first = teacher.config.n_embd, max(len(teacher.blocks) - trainable_blocks, 0)
         self.body = copy.deepcopy(teacher).requires_grad_(False)

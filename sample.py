@@ -135,7 +135,7 @@ def main(argv=None):
     if args.sampler == "rgas":
         if "disc" not in ckpt:
             raise ValueError(f"{args.model} has no discriminator, which --sampler rgas needs")
-        disc = Discriminator(net, ckpt["disc_blocks"]).to(device)
+        disc = Discriminator(net).to(device)
         restore({"disc": disc}, ckpt, args.model)
         disc.eval().requires_grad_(False)  # at rest: spectral norm must not go on iterating
         torch.manual_seed(args.seed)

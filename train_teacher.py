@@ -90,7 +90,7 @@ def bound_and_loss(model, x):
     mask_id, pad_id = model.config.mask_id, model.config.pad_id
     text = x != pad_id  # (B, L)
     if model.config.causal:  # which says itself where a text ends
-        counted = F.pad(text[:, :-1], (1, 0), value=True)
+        counted = corpus.until_end(x, pad_id)  # (B, L)
         nll = (causal_nll(model, x, mask_id) * counted).sum()
         return nll / text.sum(), nll / counted.sum()
     bound, loss = didi.nelbo(model, x, mask_id, pad_id)

@@ -70,6 +70,12 @@ def decode(x, tokenizer, packed):
     return texts
 
 
+def until_end(x, eos):
+    """(B, L) bool: the tokens of x (B, L) that count, up to and including the first eos."""
+    ends = x == eos
+    return ends.cumsum(1) - ends.long() == 0
+
+
 # ---------------------------------------------------------------------------------------- reading
 @dataclass(frozen=True, eq=False)
 class Corpus:

@@ -54,6 +54,14 @@ def lines(monkeypatch):
     return short
 
 
+def outcome(main, argv, capture):
+    """Exit code, stdout and stderr of main(argv), as the shell would see them."""
+    capture.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        command.run_script(lambda: main(argv))
+    return (stop.value.code, *capture.readouterr())
+
+
 @pytest.fixture
 def gpt2(monkeypatch):
     """Bytes in the place of GPT-2's tokens, which would have to be downloaded."""
@@ -62,18 +70,15 @@ def gpt2(monkeypatch):
                                  special_tokens={"<|endoftext|>": 256})
     corpus.make_tokenizer.cache_clear()
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: {"gpt2": stand_in}[name])
-    yield
+    yield stand_in
     corpus.make_tokenizer.cache_clear()
 
 
 def refused(main, argv, capsys, *words):
     """main(argv) as the shell would run it: exit code 2 and one `error:` line with these words."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        command.run_script(lambda: main(argv))
-    err = capsys.readouterr().err
+    code, _, err = outcome(main, argv, capsys)
     last = err.strip().splitlines()[-1]
-    assert stop.value.code == 2 and err.count("error: ") == 1 and last.startswith("error: "), err
+    assert code == 2 and err.count("error: ") == 1 and last.startswith("error: "), err
     assert all(word in last for word in words) and "Traceback" not in err, last
 
 

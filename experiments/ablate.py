@@ -13,8 +13,8 @@ import sys
 
 import distill
 from data import corpus
-from experiments import common
 from data.command import FROM_0, FROM_1, add_device_flags, run_script
+from experiments import common
 from model import setup
 
 # As in the paper's table, in its setting (--paper): each row with all those before it. Rows that

@@ -8,9 +8,10 @@ import itertools
 import time
 
 from data import corpus
-from experiments import common
 from data.command import FROM_1, RATE, add_device_flags, run_script
+from experiments import common
 from model import setup
+from sample import printable
 
 
 def parse_flags(argv=None):
@@ -27,13 +28,6 @@ def parse_flags(argv=None):
     return p.parse_args(argv)
 
 
-def printable(c):
-    """The character, or U+FFFD: matplotlib has no sign for what can't be printed."""
-    if c.isprintable():
-        return c
-    return "\ufffd"
-
-
 def as_text(ids, model):
     """The tokens of one text up to its end, masks as dots."""
     encoding, text = corpus.make_tokenizer(model["tokenizer"]), ""
@@ -41,7 +35,7 @@ def as_text(ids, model):
         piece = "\u00b7"
         if i != model["config"].mask_id:
             piece = encoding.decode([i])
-        text += "".join(map(printable, piece))
+        text += printable(piece)  # matplotlib has no sign for what can't be printed
     return text
 
 

@@ -46,7 +46,7 @@ def next_logits(model, token, i, cache):
     with torch.autocast(h.device.type, torch.bfloat16, enabled=model.bf16):
         for block, kv in zip(model.blocks, cache):
             h = attend(block, h, model.cos[i:i + 1], model.sin[i:i + 1], kv, i)
-        return model.out(model.norm(h))[:, 0, :model.config.vocab_size]
+        return model.out(model.norm(h))[:, 0]
 
 
 @torch.no_grad()
@@ -71,12 +71,6 @@ def autoregress(model, B, eos, temperature=1.0, on_step=None):
         if not going.any():
             break
     return x, nfe
-
-
-def until_end(x, eos):
-    """(B, L) bool: the tokens of x (B, L) that count, up to and including the first eos."""
-    ends = x == eos
-    return ends.cumsum(1) - ends.long() == 0
 
 
 def parse_flags(argv=None):

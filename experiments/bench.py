@@ -23,9 +23,8 @@ import distill
 import train_teacher
 from data import corpus
 from experiments import common
-from experiments.autoregressive import until_end
 from data.command import FROM_1, add_device_flags, run_script, share_out
-from model import Config, Denoiser, load_checkpoint, setup, update_ema
+from model import Config, Denoiser, setup, update_ema
 
 # bfloat16, dense, FLOP/s, by the makers (SXM where there is one)
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12, "4090": 165e12}
@@ -126,10 +125,7 @@ def teacher_step(args, device, bf16):
 
 def distillation_update(args, device, bf16):
     """An update as in distill.py, as a function; and its tokens."""
-    made, teacher = load_checkpoint(args.teacher, ("teacher",), device, bf16)
-    if args.data is None:
-        args.data = made["flags"]["data"]
-    data = corpus.load(args.data)
+    teacher, data = distill.load_teacher(args, device, bf16)
     reference = distill.make_reference(args, data, teacher)
     nets, groups = distill.networks(args, teacher), share_out("groups", args)
 
@@ -178,7 +174,7 @@ def bench_models(args, device, bf16):
         peak_memory, num = common.memory_meter(device), max(batch, 20)
         x, cost = common.write(model, num, steps, SAMPLERS.get(name, "ancestral"), seed=args.seed,
                                batch=batch)
-        tokens = until_end(x, model["config"].pad_id).float().sum(1).mean().item()
+        tokens = corpus.until_end(x, model["config"].pad_id).float().sum(1).mean().item()
         row = {"row": name, "steps": steps, "batch": batch, "nfe": cost["nfe"],
                "disc_calls": cost["disc_calls"], "latency": batch / cost["seq_per_s"],
                "tokens_per_s": cost["seq_per_s"] * tokens, "peak_mib": peak_memory()}

@@ -26,7 +26,7 @@ def load_model(path, device, bf16, kinds=("student", "teacher", "causal")):
     model = {"denoiser": denoiser, "config": denoiser.config, "tokenizer": ckpt["tokenizer"],
              "flags": ckpt["flags"]}
     if "disc" in ckpt:
-        discriminator = Discriminator(denoiser, ckpt["disc_blocks"]).to(device)
+        discriminator = Discriminator(denoiser).to(device)
         restore({"disc": discriminator}, ckpt, path)
         # in eval mode, or spectral norm would go on iterating
         model["discriminator"] = discriminator.eval().requires_grad_(False)

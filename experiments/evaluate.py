@@ -18,10 +18,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from data import corpus
-from experiments import common
-from experiments.autoregressive import until_end
-from experiments.table import GOALS, at_entropy, steps_to_match
 from data.command import FROM_1, SHARE, WEIGHT, add_device_flags, run_script
+from experiments import common
+from experiments.table import GOALS, at_entropy, steps_to_match
 from model import setup
 from train_teacher import causal_nll
 
@@ -76,7 +75,7 @@ def causal_judge(x, judge, batch):
     """Perplexity of texts x (N, L), their ends included, under the autoregressive model `judge`."""
     net = judge["denoiser"]
     parts = [part.to(net.lengths.device) for part in parts_of(x, batch, net.config.vocab_size)]
-    counted = ((part, until_end(part, net.config.pad_id)) for part in parts)
+    counted = ((part, corpus.until_end(part, net.config.pad_id)) for part in parts)
     return perplexity(net, counted, net.config.mask_id)
 
 
@@ -214,7 +213,7 @@ def load(args, device, bf16):
     model = models[names[0]]
     folder = model["flags"]["data"] if args.data is None else args.data
     data = corpus.load(folder)
-    if data.tokenizer != model["tokenizer"] or data.length not in (0, model["config"].length):
+    if data.tokenizer != model["tokenizer"] or data.length != model["config"].row_length:
         raise ValueError(f"the models do not fit the corpus {folder}: it has other tokens, or rows "
                          "of another length; name theirs with --data")
     return models, data

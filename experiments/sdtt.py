@@ -18,9 +18,8 @@ from tqdm import tqdm
 
 import didi
 import distill
-from data import corpus
 from data.command import FROM_1, RATE, SHARE, add_device_flags, progress, run_script, stop_requested
-from model import load_checkpoint, save_checkpoint, setup, update_ema
+from model import save_checkpoint, setup, update_ema
 
 
 def parse_flags(argv=None):
@@ -101,10 +100,7 @@ def train(args, teacher, data):
 def main(argv=None):
     args = parse_flags(argv)
     device, bf16 = setup(args)
-    made, teacher = load_checkpoint(args.teacher, ("teacher",), device, bf16)
-    if args.data is None:
-        args.data = made["flags"]["data"]
-    data = corpus.load(args.data)
+    teacher, data = distill.load_teacher(args, device, bf16)
     nets, done, code = train(args, teacher, data)
     save_checkpoint(args.out, nets, kind="student", config=asdict(teacher.config),
                     tokenizer=data.tokenizer, flags=vars(args), **done)

@@ -13,8 +13,8 @@ import math
 
 import numpy as np
 
-from experiments import common
 from data.command import run_script
+from experiments import common
 
 SHOWN = {"nfe": 1, "disc_calls": 1, "valid": 3, "post": 3, "judge_ppl": 2, "tv": 3, "js3": 3,
          "ks": 3, "entropy": 3, "length": 1, "length_sd": 1, "distinct": 3, "novel": 3,

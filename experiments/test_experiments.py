@@ -10,14 +10,14 @@ from dataclasses import asdict
 from functools import partial
 
 import pytest
-import tiktoken
 import torch
 
 import model
 import train_teacher
-from data import command, corpus
+from data import corpus
+from data.test_data import gpt2, outcome  # noqa: F401
 from experiments import autoregressive, common, evaluate, table
-from experiments.autoregressive import autoregress, until_end
+from experiments.autoregressive import autoregress
 from test_didi import check_law
 
 torch.set_num_threads(1)
@@ -43,12 +43,12 @@ def network(V, L, causal=False, seed=0, pads=False):
 def save(path, kind, L=LENGTH, disc=False, seed=0, tokenizer="bytes", packed=False):
     """A checkpoint of a random network, in the form that the three scripts write."""
     net = network(corpus.make_tokenizer(tokenizer).n_vocab, L, kind == "causal", pads=not packed)
-    nets, more = {"model": net, "ema": net}, {}
+    nets = {"model": net, "ema": net}
     if disc:
-        nets["disc"], more["disc_blocks"] = model.Discriminator(net, 1), 1
+        nets["disc"] = model.Discriminator(net, 1)
     model.save_checkpoint(path, nets, kind=kind, config=asdict(net.config), tokenizer=tokenizer,
                           flags={"data": "corpus", "seed": seed}, step=1,
-                          seconds=1.0, **more)
+                          seconds=1.0)
     return net
 
 
@@ -72,11 +72,9 @@ def models(folder):
 
 def refused(main, argv, capsys, *words):
     """main(argv) as the shell would run it: code 2, and one line on stderr with these words."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        command.run_script(lambda: main(argv))
-    line, = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and line.startswith("error: ")
+    code, _, err = outcome(main, argv, capsys)
+    line, = err.strip().splitlines()
+    assert code == 2 and line.startswith("error: ")
     assert all(word in line for word in words), line
 
 
@@ -113,14 +111,14 @@ def test_the_autoregressive_sampler_draws_from_the_models_law(causal, temperatur
     torch.manual_seed(0)
     eos, n = 2, 20000
     texts = torch.cartesian_prod(*[torch.arange(3)] * 3)  # (27, 3)
-    until = until_end(texts, eos)
+    until = corpus.until_end(texts, eos)
     ends = (texts == torch.where(until, texts, eos)).all(1)  # nothing but eos behind the first
     nll = train_teacher.causal_nll(lambda z: causal(z) / temperature, texts, 3)
     law = torch.where(ends, (-nll * until).sum(1).exp(), 0.0)
     assert torch.isclose(law.sum(), torch.tensor(1.0), atol=1e-4)
     x, nfe = autoregress(causal, n, eos, temperature)
     check_law((x * torch.tensor([9, 3, 1])).sum(1), law)
-    assert torch.equal(nfe, until_end(x, eos).sum(1))
+    assert torch.equal(nfe, corpus.until_end(x, eos).sum(1))
 
 
 def test_packed_texts_do_not_end_and_each_token_is_shown(causal):
@@ -132,7 +130,7 @@ def test_packed_texts_do_not_end_and_each_token_is_shown(causal):
 
 def test_until_end():
     x = torch.tensor([[1, 2, 1, 2], [2, 2, 2, 2], [0, 1, 1, 0]])
-    assert until_end(x, 2).int().tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [1] * 4]
+    assert corpus.until_end(x, 2).int().tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [1] * 4]
 
 
 def test_the_autoregressive_script_prints_samples(folder, capsys):
@@ -399,17 +397,11 @@ class StandIn:
 
 
 @pytest.fixture
-def gpt2(monkeypatch):
-    """Bytes stand in for GPT-2's tokens, which would have to be downloaded."""
-    byte = {bytes([i]): i for i in range(256)}
-    encoding = tiktoken.Encoding("gpt2", pat_str=r"[\s\S]", mergeable_ranks=byte,
-                                 special_tokens={"<|endoftext|>": 256})
-    corpus.make_tokenizer.cache_clear()
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
+def gpt2_judge(gpt2, monkeypatch):
+    """Its tokens, and the package transformers with that model in it."""
     package = types.SimpleNamespace(GPT2LMHeadModel=StandIn)
     monkeypatch.setitem(sys.modules, "transformers", package)
-    yield encoding
-    corpus.make_tokenizer.cache_clear()
+    return gpt2
 
 
 def by_hand(rows):
@@ -421,7 +413,7 @@ def by_hand(rows):
     return pytest.approx(math.exp(sum(nll) / len(nll)), rel=1e-5)
 
 
-def test_gpt2_judges_texts_in_its_own_tokens(models, gpt2, monkeypatch):
+def test_gpt2_judges_texts_in_its_own_tokens(models, gpt2_judge, monkeypatch):
     args = evaluate.parse_flags([*CPU, "--judge", "gpt2", "--batch", "1"])
     device = torch.device("cpu")
     texts = ["def f(x):", "def gogo():", ""]
@@ -438,7 +430,7 @@ def test_gpt2_judges_texts_in_its_own_tokens(models, gpt2, monkeypatch):
     assert judge(ends) == by_hand(ends.tolist())
 
 
-def test_a_gpt2_that_cannot_be_loaded(models, gpt2, monkeypatch, capsys):
+def test_a_gpt2_that_cannot_be_loaded(models, gpt2_judge, monkeypatch, capsys):
     assert not evaluate.main([*FEW, "--rows", "student", "--judge", "gpt2"])
     rows = json.load(open("r.json"))["default"]["0"]["rows"]
     assert all(r["judge_ppl"] > 1 for r in rows)

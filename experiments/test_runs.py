@@ -20,18 +20,11 @@ import distill
 import model
 import sample
 import train_teacher
-from data import command, corpus
+from data import corpus
+from data.test_data import outcome
 from test_didi import DISTIL, HERE, ON_CPU, TEACH, load, run, seed, tiny, toys  # noqa: F401
 
 BOTH = pytest.mark.parametrize("script, flags", [(train_teacher, TEACH), (distill, DISTIL)])
-
-
-def outcome(main, argv, capture):
-    """Exit code, stdout and stderr of main(argv), as the shell would see them."""
-    capture.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        command.run_script(lambda: main(argv))
-    return (stop.value.code, *capture.readouterr())
 
 
 def refused(main, argv, capsys, word):
