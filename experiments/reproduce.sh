@@ -16,18 +16,21 @@ cd "$(dirname "$0")/.."
 results=out/results
 mkdir -p $results
 
-# The minutes that each distillation took, and means of the last 280 updates of its log.
+# The minutes that each training took, means of the last 280 rows of its log, and its last table.
 log_means() {
     python - "$@" <<'EOF'
 import json
 import sys
 for path in sys.argv[1:]:
     with open(path) as f:
-        rows = [json.loads(line) for line in f]
-    rows = [row for row in rows if "kl" in row][-280:]  # without tables and warm-up
-    names = [name for name in ("disc_acc", "spread", "norm", "kl") if name in rows[-1]]
+        log = [json.loads(line) for line in f]
+    wanted = {"kl", "nelbo"}  # without tables and warm-up
+    rows = [row for row in log if wanted & row.keys()][-280:]
+    names = [name for name in ("disc_acc", "spread", "norm", "kl", "nelbo") if name in rows[-1]]
     means = {name: round(sum(row[name] for row in rows) / len(rows), 3) for name in names}
-    print(f"{path}: {rows[-1]['seconds'] / 60:.1f} minutes; last {len(rows)} updates: {means}")
+    print(f"{path}: {rows[-1]['seconds'] / 60:.1f} minutes; last {len(rows)} rows: {means}")
+    for table in [row for row in log if "val_nelbo" in row or "post@8" in row][-1:]:
+        print("   ", {name: round(value, 3) for name, value in table.items()})
 EOF
 }
 
@@ -93,10 +96,10 @@ signatures() {
     python -m experiments.ablate $results/ablation.json  # 15 rows, three seeds: 5 hours
     speed
     # the front page: samples, the figure, the animation
-    python sample.py --model out/0/teacher.pt --steps 8 --num 6 > $results/samples.txt
-    python sample.py --model out/0/default.pt --steps 8 --num 6 >> $results/samples.txt
-    log_means out/[0-4]/default.jsonl out/[012]/sdtt.jsonl out/[012]/paper.jsonl \
-        > $results/logs.txt
+    python sample.py --model out/0/teacher.pt --steps 8 --num 8 > $results/samples.txt
+    python sample.py --model out/0/default.pt --steps 8 --num 8 >> $results/samples.txt
+    log_means out/[0-4]/teacher.jsonl out/[0-4]/default.jsonl out/[012]/sdtt.jsonl \
+        out/[012]/paper.jsonl > $results/logs.txt
     python -m experiments.table $results/sweep.json --plot $results/frontier.png
     python -m experiments.animate $results/writing.gif --student out/0/default.pt \
         --teacher out/0/teacher.pt --causal out/0/causal.pt
