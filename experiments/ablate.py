@@ -4,10 +4,13 @@
     python -m experiments.ablate out/ablation.json --seeds 0 -- --minutes 2    # for every run
 
 One run after the other, each a process of its own; what the file has is not made again, so after
-Ctrl-C the same command goes on. Each student writes 1,000 samples in 4, 8, 16 and 32 steps.
+Ctrl-C the same command goes on. Each student writes 1,000 samples in 4, 8, 16 and 32 steps, with the
+corpus' own measures and the perplexity under the judge --causal, if it is there.
 """
 import argparse
+import functools
 import itertools
+import os
 import subprocess
 import sys
 
@@ -15,6 +18,7 @@ import distill
 from data import corpus
 from data.command import FROM_0, FROM_1, add_device_flags, run_script
 from experiments import common
+from experiments.evaluate import causal_judge
 from model import setup
 
 # As in the paper's table, in its setting (--paper): each row with all those before it. Rows that
@@ -25,12 +29,21 @@ CUMULATIVE = {
     "+ pi(t)": "--pi",
     "+ KL and entropy": f"--kl {distill.PAPER['kl']} --entropy {distill.PAPER['entropy']}",
     "+ grouped normalisation": "--group_norm", "+ guided sampler": ""}
+LEFT_OUT = {  # one thing less than all, in the paper's setting
+    "all but intermediate-state matching": "--paper --K 1",
+    "all but coupled time": "--paper --no-coupled",
+    "all but w(t)": "--paper --no-w", "all but pi(t)": "--paper --no-pi",
+    "all but KL and entropy": "--paper --kl 0 --entropy 0",
+    "all but grouped normalisation": "--paper --no-group_norm"}
 ONE_CHANGE = {
     "default": "", "default, guided sampler": "", "no intermediate-state matching": "--K 1",
+    "rollouts of two steps": "--K 2", "all rollouts from all masks": "--mask_share 1",
     "no grouped normalisation": "--no-group_norm", "no KL": "--kl 0",
     "independent levels": "--no-coupled", "w(t) and pi(t)": "--w --pi",
     "teacher samples": "--reference teacher"}
 STEPS = (4, 8, 16, 32)
+SHOWN = {"post": 3, "judge_ppl": 1, "tv": 3, "js3": 3, "entropy": 3, "ks": 3, "returns": 3,
+         "js2": 4, "rep4": 3}  # measures that a row keeps, and their digits
 
 
 def parse_flags(argv=None):
@@ -39,6 +52,7 @@ def parse_flags(argv=None):
     add("file", help="results, {label: {seed: row}}, JSON; an existing file is continued")
     add("--teacher", default="out/{seed}/teacher.pt", help="checkpoints; {seed} is the run's seed")
     add("--seeds", type=FROM_0, nargs="+", default=(0, 1, 2), help="one run of each row for each")
+    add("--causal", default="out/causal.pt", help="the judge, of train_teacher.py --causal")
     add("--num", type=FROM_1, default=1000, help="samples to measure: standard error .015 at 1,000")
     add("--out", default="out/ablation.pt", help="where each student lies until the next run")
     add_device_flags(add)
@@ -57,37 +71,47 @@ def distil(args, seed, flags):
         raise ValueError(f"this run failed: {' '.join(command[1:])}")
 
 
-def measure(args, guided, device, bf16):
-    """{"valid@4": .., "entropy@4": .., ..} of the student in args.out, and its flags."""
+def measure(args, guided, judge, device, bf16):
+    """{"valid@4": .., "judge_ppl@4": .., ..} of the student in args.out, and its flags."""
     model = common.load_model(args.out, device, bf16)
     data, row, sampler = corpus.load(model["flags"]["data"]), {}, "ancestral"
     if guided:
         sampler = "rgas"
     for steps in STEPS:
         x, _ = common.write(model, args.num, steps, sampler, seed=args.seed)
-        row |= {f"{name}@{steps}": value for name, value in data.shown(x).items()}
+        measures = data.quality(x)
+        if judge:
+            measures["judge_ppl"] = judge(x)
+        row |= {f"{name}@{steps}": value for name, value in measures.items() if name in SHOWN}
     return row | {"flags": model["flags"], "hardware": common.hardware(device, bf16)}
 
 
 def print_table(results, labels):
-    """Mean +- standard deviation over the seeds: the first measure at all steps, others at 8."""
+    """Mean +- standard deviation over the seeds: quality at all numbers of steps, others at 8."""
     rows = {label: list(results[label].values()) for label in labels if results.get(label)}
-    first = next(iter(rows.values()))[0]
-    names = list(dict.fromkeys(key.split("@")[0] for key in first if "@" in key))
-    columns = [f"{names[0]}@{steps}" for steps in STEPS] + [f"{name}@8" for name in names[1:]]
+    first, columns = next(iter(rows.values()))[0], {}
+    for name, digits in SHOWN.items():
+        for steps in STEPS if name in ("post", "judge_ppl") else (8,):
+            if f"{name}@{steps}" in first:
+                columns[f"{name}@{steps}"] = digits
     print("| | seeds | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 2) + "|")
     for label, seeds in rows.items():
-        cells = [common.spread([row[column] for row in seeds]) for column in columns]
+        cells = [common.spread([row.get(column) for row in seeds], digits)
+                 for column, digits in columns.items()]
         print(f"| {label} | {len(seeds)} | " + " | ".join(cells) + " |")
 
 
 def main(argv=None):
     args, more = parse_flags(argv)
     device, bf16 = setup(args)
+    judge = None
+    if os.path.isfile(args.causal):
+        model = common.load_model(args.causal, device, bf16, ("causal",))
+        judge = functools.partial(causal_judge, judge=model, batch=256)
     common.add_run(args.file, "flags")  # an unwritable path must not show after minutes of work
     results = common.read_results(args.file)
     so_far = itertools.accumulate(CUMULATIVE.values(), "{} {}".format)
-    plan = {**dict(zip(CUMULATIVE, so_far)), **ONE_CHANGE}
+    plan = {**dict(zip(CUMULATIVE, so_far)), **LEFT_OUT, **ONE_CHANGE}
     runs = list(itertools.product(args.seeds, plan))
     runs = [(seed, label) for seed, label in runs if str(seed) not in results.get(label, {})]
     done = None
@@ -97,7 +121,7 @@ def main(argv=None):
         if done != (seed, flags):
             distil(args, seed, flags)
         done = seed, flags
-        row = measure(args, "guided" in label, device, bf16)
+        row = measure(args, "guided" in label, judge, device, bf16)
         common.add_run(args.file, "flags", label, seed, row)
     print_table(common.read_results(args.file), plan)
 

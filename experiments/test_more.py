@@ -158,6 +158,40 @@ def folder(trained, tmp_path, monkeypatch):
         signal.signal(number, handler)
 
 
+@pytest.mark.parametrize("K", [1, 2, 3])
+def test_coupled_time_masks_both_sides_at_the_rollouts_tau(folder, monkeypatch, K):
+    """In 200 updates of 3 groups: the levels handed on, and the law of the masks they make."""
+    args, _ = distill.parse_flags([*STUDENT, "--K", str(K), "--groups", "3"])
+    device, bf16 = model.setup(args)
+    teacher, data = distill.load_teacher(args, device, bf16)
+    nets, forward_mask = distill.networks(args, teacher), didi.forward_mask
+    calls, hidden, taus = [], [], []
+
+    def draw_levels(t, *how):
+        drawn = levels(t, *how)
+        taus.append(drawn[1].repeat_interleave(args.G))
+        return drawn
+
+    def mask(x, t, *ids):
+        z = forward_mask(x, t, *ids)
+        calls.append((t, (z == ids[0]).sum(1) / (x != ids[1]).sum(1)))
+        return z
+    levels = didi.draw_levels
+    monkeypatch.setattr(didi, "draw_levels", draw_levels)
+    monkeypatch.setattr(didi, "forward_mask", mask)
+    reference = distill.make_reference(args, data, teacher)
+    for _ in range(200):
+        distill.update(args, nets, teacher, reference, 3, False)
+        (_, (t, share), (t_ref, share_ref)), tau = calls[-3:], taus[-1]
+        assert torch.equal(t, tau) and torch.equal(t_ref, tau[:len(t_ref)])
+        hidden.append(torch.cat((share - tau, share_ref - tau[:len(t_ref)])))
+    hidden = torch.cat(hidden)  # a share of masks has the mean tau
+    assert hidden.mean().abs() < 4 * hidden.std() / len(hidden) ** 0.5
+    args.coupled = False
+    distill.update(args, nets, teacher, reference, 3, False)
+    assert not (calls[-2][0] == taus[-1]).any() and torch.equal(calls[-1][0], calls[-2][0][:4])
+
+
 def test_sdtt_from_teacher_to_student(folder, monkeypatch):
     flags = [*SMALL, "--batch", "8", "--rounds", "4", "2", "--updates", "5"]
     assert not sdtt.main(flags)
@@ -184,6 +218,7 @@ def test_ablation_resumes_and_prints_a_table(folder, monkeypatch, capsys):
         shutil.copy("out/teacher.pt", f"{seed}.pt")
     rows = {"none": "--paper --K 1 --kl 0 --groups 2 --reference data", "+ ism": "--K 2"}
     monkeypatch.setattr(ablate, "CUMULATIVE", rows)
+    monkeypatch.setattr(ablate, "LEFT_OUT", {})
     monkeypatch.setattr(ablate, "ONE_CHANGE", {"default": "", "default, guided sampler": ""})
     made = []
 
@@ -200,7 +235,7 @@ def test_ablation_resumes_and_prints_a_table(folder, monkeypatch, capsys):
     assert list(results) == ["none", "+ ism", "default", "default, guided sampler"]
     flags = {label: results[label]["1"]["flags"] for label in results}
     assert (flags["none"]["K"], flags["+ ism"]["K"], flags["+ ism"]["kl"]) == (1, 2, 0)
-    assert "valid@32" in results["none"]["0"] and flags["default"]["seed"] == 1
+    assert {"post@32", "judge_ppl@4"} <= set(results["none"]["0"]) and flags["default"]["seed"] == 1
     del results["default"]["1"]
     json.dump(results, open("a.json", "w"))
     assert not ablate.main(argv)
@@ -216,8 +251,17 @@ def test_a_run_that_fails_stops_the_ablation(folder):
 
 
 def test_all_flags_of_the_ablation_exist():
-    for flags in (*ablate.CUMULATIVE.values(), *ablate.ONE_CHANGE.values()):
-        distill.parse_flags(flags.split())
+    for rows in (ablate.CUMULATIVE, ablate.LEFT_OUT, ablate.ONE_CHANGE):
+        assert all(distill.parse_flags(flags.split()) for flags in rows.values())
+
+
+def test_rows_of_the_ablation_leave_out_one_component_each():
+    whole = vars(distill.parse_flags(["--paper"])[0])
+    rows = [vars(distill.parse_flags(flags.split())[0]) for flags in ablate.LEFT_OUT.values()]
+    changes = [{name for name in whole if row[name] != whole[name]} for row in rows]
+    assert changes == [{"K"}, {"coupled"}, {"w"}, {"pi"}, {"kl", "entropy"}, {"group_norm"}]
+    every = vars(distill.parse_flags(" ".join(ablate.CUMULATIVE.values()).split())[0])
+    assert every == whole
 
 
 @pytest.mark.parametrize("argv", [["training", *TEACHER], ["distillation", *STUDENT]])
