@@ -94,6 +94,8 @@ def progress(args, step, total):
     path = os.devnull if RANK > 0 else args.out.removesuffix(".pt") + ".jsonl"
     if args.minutes:
         total = None
+    elif step >= total and RANK == 0:
+        print(f"{args.out} has all its {total} updates: give more with --resume and --updates")
     kept = []  # of a run that is resumed: a killed one's log is ahead of its checkpoint
     if args.resume and os.path.isfile(path):
         with open(path, encoding="utf-8") as f:
@@ -129,15 +131,19 @@ def stop_requested():
     return lambda: seen[-1]
 
 
-def run_script(main):
-    """Run main() and exit with its code; what the user can mend is one line on stderr and 2."""
+def run_script(main, resumes=False):
+    """Run main() and exit with its code; what the user can mend is one line on stderr and 2.
+
+    resumes: can a run that was stopped go on with --resume?
+    """
     try:
         for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character shows ?
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")
         code = main()
         if code and RANK == 0:
-            print("\nstopped, all is saved: go on with the same command and --resume", flush=True)
+            how = ": go on with the same command and --resume" if resumes else ""
+            print(f"\nstopped, all is saved{how}", flush=True)
         if dist.is_initialized():
             dist.barrier()  # the first process may still be writing
             os._exit(code or 0)  # an interpreter torn down may be aborted by gloo's threads

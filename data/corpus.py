@@ -277,8 +277,9 @@ def write(folder, pieces, maker, tokenizer, length, made_from):
     try:
         counts = write_shards(partial, pieces)
         if not counts["train"] or not counts["val"]:
-            raise ValueError(f"{made_from} gives {counts['train']} tokens to train and "
-                             f"{counts['val']} to validate: both are needed, so give more of it")
+            source = made_from.get("path", folder)
+            raise ValueError(f"{source!r} gives {counts['train']} tokens to train and "
+                             f"{counts['val']} to validate, and both are needed: give more text")
         meta = {"maker": maker, "tokenizer": tokenizer, "length": length, "made_from": made_from}
         with open(os.path.join(partial, "meta.json"), "w", encoding="utf-8") as f:
             json.dump(meta, f, indent=1)

@@ -54,11 +54,11 @@ def lines(monkeypatch):
     return short
 
 
-def outcome(main, argv, capture):
+def outcome(main, argv, capture, **how):
     """Exit code, stdout and stderr of main(argv), as the shell would see them."""
     capture.readouterr()
     with pytest.raises(SystemExit) as stop:
-        command.run_script(lambda: main(argv))
+        command.run_script(lambda: main(argv), **how)
     return (stop.value.code, *capture.readouterr())
 
 

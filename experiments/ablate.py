@@ -4,8 +4,8 @@
     python -m experiments.ablate out/ablation.json --seeds 0 -- --minutes 2    # for every run
 
 One run after the other, each a process of its own; what the file has is not made again, so after
-Ctrl-C the same command goes on. Each student writes 1,000 samples in 4, 8, 16 and 32 steps, with the
-corpus' own measures and the perplexity under the judge --causal, if it is there.
+Ctrl-C the same command goes on. Each student writes 1,000 samples in 4, 8, 16 and 32 steps, for the
+measures of its corpus and the perplexity under the judge --causal, if it is there.
 """
 import argparse
 import functools

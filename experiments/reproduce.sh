@@ -16,6 +16,13 @@ cd "$(dirname "$0")/.."
 results=out/results
 mkdir -p $results
 
+need() {
+    if [ ! -f "$1" ]; then
+        echo "error: name the file to read, as in the examples on top of $0" >&2
+        exit 2
+    fi
+}
+
 # The minutes that each training took, means of the last 280 rows of its log, and its last table.
 log_means() {
     python - "$@" <<'EOF'
@@ -74,6 +81,12 @@ sweep() {
         --causal out/0/causal.pt --student out/0/sdtt.pt --json $results/sweep.json --label sdtt
 }
 
+# What each component does, 22 rows. $1: one seed, or three. Two hours each.
+ablation() {
+    OMP_NUM_THREADS=1 python -m experiments.ablate $results/ablation.json --seeds ${1:-0 1 2} \
+        --causal out/0/causal.pt
+}
+
 # Speed and memory, on an otherwise idle machine: half an hour.
 speed() {
     models="--teacher out/0/teacher.pt --student out/0/default.pt --causal out/0/causal.pt"
@@ -93,7 +106,7 @@ signatures() {
     few_steps
     others
     sweep
-    python -m experiments.ablate $results/ablation.json  # 15 rows, three seeds: 5 hours
+    ablation
     speed
     # the front page: samples, the figure, the animation
     python sample.py --model out/0/teacher.pt --steps 8 --num 8 > $results/samples.txt
@@ -107,6 +120,7 @@ signatures() {
 
 # 7.5 M tokens of English Wikinews; $1 is the file. One thread for each process.
 text() {
+    need "$1"
     export OMP_NUM_THREADS=1
     python -m data.text "$1" --out out/wikinews
     few="--data out/wikinews --length 64 --lr 4e-3"
@@ -129,6 +143,7 @@ text() {
 
 # CATH v4.1 S40 domains; $1 is the FASTA file. One thread.
 proteins() {
+    need "$1"
     export OMP_NUM_THREADS=1
     python -m data.fasta "$1" --out out/cath
     models="--teacher out/cath/teacher.pt --causal out/cath/causal.pt"
@@ -143,13 +158,17 @@ proteins() {
 
 # Time and memory of preparing 170 MB of English Wikipedia as plain text; $1 is the file.
 prepare() {
+    need "$1"
     /usr/bin/time -f "%e s, %M KiB at most" python -m data.text "$1" --out out/prepared 2>&1 \
         | tr '\r' '\n' | grep -E "Mtoken|at most" | tail -2 > $results/prepare.txt
 }
 
 # The front page's one command in a fresh folder, with the installation.
 first_run() {
-    mkdir out/first
+    if ! mkdir out/first; then
+        echo "error: delete out/first" >&2
+        exit 2
+    fi
     cp -r ./*.py data requirements.txt out/first
     (
         cd out/first
@@ -165,6 +184,7 @@ first_run() {
 }
 
 case $1 in
-    signatures | few_steps | others | sweep | speed | text | proteins | prepare | first_run) "$@" ;;
+    signatures | few_steps | others | sweep | ablation | speed) "$@" ;;
+    text | proteins | prepare | first_run) "$@" ;;
     *) sed -n '2,/^set -e/s/^# \{0,1\}//p' experiments/reproduce.sh ;;
 esac

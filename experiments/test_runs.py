@@ -76,7 +76,7 @@ def test_resume_is_the_uninterrupted_run(
     child = os.fork()
     if child == 0:
         at_update(script, monkeypatch, 2, lambda *_: os.kill(os.getpid(), number))
-        found, *said = outcome(script.main, [*flags, "--out", "b.pt"], capfd)
+        found, *said = outcome(script.main, [*flags, "--out", "b.pt"], capfd, resumes=True)
         (tiny / "said").write_text("".join(said))
         os._exit(found)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
@@ -88,6 +88,10 @@ def test_resume_is_the_uninterrupted_run(
     logs = [map(json.loads, open(path)) for path in ("a.jsonl", "b.jsonl")]
     a, b = ([row["step"] for row in log if "seconds" in row] for log in logs)
     assert a == b == list(range(1, len(a) + 1))  # none twice, none lost
+    capfd.readouterr()
+    assert not script.main(["--resume", "--out", "b.pt"])  # again: there is nothing left to do
+    assert f"b.pt has all its {len(b)} updates" in capfd.readouterr().out
+    assert_same("a.pt", "b.pt")
 
 
 @BOTH
