@@ -85,10 +85,19 @@ def features(text):
 
 @functools.lru_cache(maxsize=1)
 def real(data):
-    """Counters of the validation texts' kinds, features and 3-grams."""
+    """Counters of the validation texts' kinds, features and 3-grams; their common characters, each
+    at least one in 200, and the share of all others."""
     texts = data.val_texts
     kinds, cells = collections.Counter(map(kind, texts)), collections.Counter(map(features, texts))
-    return kinds, cells, corpus.ngrams(texts, 3)
+    characters = collections.Counter("".join(texts))
+    common = {c for c, n in characters.items() if n >= characters.total() / 200}
+    return kinds, cells, corpus.ngrams(texts, 3), common, rare_share(texts, common)
+
+
+def rare_share(texts, common):
+    """The share of characters that are not in `common`, a set; at least that of one character."""
+    count = collections.Counter("".join(texts))
+    return max(sum(n for c, n in count.items() if c not in common), 1) / max(count.total(), 1)
 
 
 def quality(x, data):
@@ -97,21 +106,24 @@ def quality(x, data):
     valid: share that the parser accepts; post: the same, post-stratified: if the samples were of
     each `kind` as often as people's lines are; tv: total variation of the `features`' joint cells;
     js3: Jensen-Shannon divergence of pooled 3-grams, nats; ks: Kolmogorov-Smirnov distance of the
-    lengths; returns, hints, methods: shares of texts with `->`, with an annotation, with `(self`;
-    novel: share not in the training set; distinct: unique texts / B; length: mean characters, with
-    length_sd; entropy: unigram entropy within a text, mean, nats. tv, js3, ks and distinct depend
-    on B: compare with as many real lines.
+    lengths; rare: how often there are characters that are each less than one in 200 of the
+    validation texts', such as digits and capitals, divided by how often there: a low temperature
+    loses them; returns, hints, methods: shares of texts with `->`, with an annotation, with
+    `(self`; novel: share not in the training set; distinct: unique texts / B; length: mean
+    characters, with length_sd; entropy: unigram entropy within a text, mean, nats. tv, js3, ks and
+    distinct depend on B: compare with as many real lines.
     """
     texts = data.decode(x)
     good, cells = list(map(is_signature, texts)), list(map(features, texts))
     lengths, shares = list(map(len, texts)), np.mean(cells, axis=0).tolist()
     known = [s for s in texts if s in data.known]
-    kinds, their_cells, their_ngrams = real(data)
+    kinds, their_cells, their_ngrams, common, their_share = real(data)
     return {"valid": good.count(True) / len(texts),
             "post": corpus.post_stratified(good, list(map(kind, texts)), kinds),
             "tv": corpus.total_variation(collections.Counter(cells), their_cells),
             "js3": corpus.divergence(corpus.ngrams(texts, 3), their_ngrams),
             "ks": corpus.ks(lengths, data.val_lengths),
+            "rare": rare_share(texts, common) / their_share,
             "returns": shares[0], "hints": shares[2], "methods": shares[3],
             "novel": 1 - len(known) / len(texts),
             "distinct": len(set(texts)) / len(texts),

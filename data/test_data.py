@@ -430,9 +430,12 @@ def test_signatures_beside_validation_lines_by_hand():
     assert q["tv"] == 0.25  # a quarter has = instead of ->
     assert (q["returns"], q["hints"], q["methods"], q["novel"]) == (0, 0, 0, 1)
     assert q["ks"] == 0.25  # three of ours have 9 characters, two of theirs
+    assert q["rare"] == pytest.approx(3 / 38 * 45)  # z, z and 2: counted as one of their 45
     same = quality(val)
-    names = ("valid", "post", "tv", "js3", "ks", "returns")
-    assert [same[name] for name in names] == [1, 1, 0, 0, 0, 0.25]
+    names = ("valid", "post", "tv", "js3", "ks", "returns", "rare")
+    assert [same[name] for name in names] == [1, 1, 0, 0, 0, 0.25, 1]
+    q = of_lines(["def known():"], [f"def {'m' * 30}(a{i}):" for i in range(10)])(["def m(a7):"])
+    assert q["rare"] == pytest.approx(39 / 10)  # digits are each one in 390 of theirs
     q = quality(["def known():", "def m(self):", "def m(self, a: int):", "def h(a: int):"])
     assert (q["novel"], q["methods"], q["hints"]) == (0.75, 0.5, 0.5)
 
@@ -464,6 +467,8 @@ BAD_LINES = {  # name: (sampler of real lines, what catches it, what doesn't)
     "one word": (lambda lines: [s for s in lines if s[4:8] == "get_"], ["js3"], ["valid", "tv"]),
     "no ->": (lambda lines: [s for s in lines if "->" not in s], ("tv", "post"),
               ["valid", "distinct"]),
+    "no rare letter": (lambda lines: [s for s in lines if "g" not in s], ["rare"],
+                       ["valid", "ks", "distinct", "tv"]),
     "noise": (noise, ("valid", "post", "tv", "js3"), ["ks", "distinct"])}
 
 

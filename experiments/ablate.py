@@ -42,8 +42,8 @@ ONE_CHANGE = {
     "independent levels": "--no-coupled", "w(t) and pi(t)": "--w --pi",
     "teacher samples": "--reference teacher"}
 STEPS = (4, 8, 16, 32)
-SHOWN = {"post": 3, "judge_ppl": 1, "tv": 3, "js3": 3, "entropy": 3, "ks": 3, "returns": 3,
-         "js2": 4, "rep4": 3}  # measures that a row keeps, and their digits
+SHOWN = {"post": 3, "judge_ppl": 1, "tv": 3, "js3": 3, "entropy": 3, "ks": 3, "rare": 3,
+         "returns": 3, "js2": 4, "rep4": 3}  # measures that a row keeps, and their digits
 
 
 def parse_flags(argv=None):
