@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # reproduce.sh - make every file of experiments/results/, and the pictures in assets/, again.
 #
-#     bash experiments/reproduce.sh signatures                       # some nine hours on two cores
+#     bash experiments/reproduce.sh signatures                       # some ten hours on two cores
 #     bash experiments/reproduce.sh text wikinews.train.txt.xz       # two hours
 #     bash experiments/reproduce.sh proteins cath_S40.fa.xz          # half an hour
 #     bash experiments/reproduce.sh prepare enwiki.txt               # 10 seconds
@@ -16,6 +16,7 @@ cd "$(dirname "$0")/.."
 results=out/results
 mkdir -p $results
 
+# Stop unless $1 is a file.
 need() {
     if [ ! -f "$1" ]; then
         echo "error: name the file to read, as in the examples on top of $0" >&2
@@ -81,7 +82,7 @@ sweep() {
         --causal out/0/causal.pt --student out/0/sdtt.pt --json $results/sweep.json --label sdtt
 }
 
-# What each component does, 22 rows. $1: one seed, or three. Two hours each.
+# What each component does, 23 rows of 21 runs. $1: one seed, or three. Two hours each.
 ablation() {
     OMP_NUM_THREADS=1 python -m experiments.ablate $results/ablation.json --seeds ${1:-0 1 2} \
         --causal out/0/causal.pt

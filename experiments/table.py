@@ -18,7 +18,8 @@ from experiments import common
 
 SHOWN = {"nfe": 1, "disc_calls": 1, "valid": 3, "post": 3, "judge_ppl": 2, "tv": 3, "js3": 3,
          "ks": 3, "entropy": 3, "length": 1, "length_sd": 1, "distinct": 3, "novel": 3,
-         "rare": 3, "returns": 3, "hints": 3, "methods": 3, "js1": 4, "js2": 4, "low": 3}  # digits
+         "rare": 3, "returns": 3, "hints": 3, "methods": 3, "js1": 4, "js2": 4, "low": 3,
+         "bigram": 3, "rep4": 3}  # digits
 BEST = ("post", "judge_ppl", "tv", "js3", "ks", "js2")  # at equal entropy
 GOALS = {"post": 1, "judge_ppl": -1, "tv": -1, "js3": -1}  # what steps are compared by; 1: more
 AXES = {"post": "post-stratified validity", "judge_ppl": "perplexity under the judge, per token",
