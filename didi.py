@@ -1,12 +1,11 @@
 """didi.py - DiDi-Instruct (arXiv 2509.25035) as pure functions on tensors.
 
-Masked diffusion (MDLM, arXiv 2406.07524) corrupts a sequence x by masking each token with
-probability t; a denoiser learns to fill masks in. Sampling starts from all masks and reveals a few
-at a time. Tokens revealed in one step are drawn independently of each other, so few steps mean
-incoherent text. DiDi-Instruct trains a few-step *student* so that its samples, masked again at any
-level, are distributed like a reference: it minimises an integral of KL(q_student(z_t) ||
-q_reference(z_t)) over t. Text is discrete, so the gradient is a policy gradient; the log density
-ratio in it comes from a discriminator.
+Masked diffusion (MDLM, arXiv 2406.07524) masks each token of x with probability t; a denoiser
+learns to fill masks in. Sampling starts from all masks and reveals a few at a time, those of one
+step independently of each other: few steps mean incoherent text. DiDi-Instruct trains a few-step
+*student* so that its samples, masked again, are distributed like a reference: it minimises the
+integral over t of KL(q_student(z_t) || q_reference(z_t)). Text is discrete, so the gradient is a
+policy gradient; the log density ratio in it comes from a discriminator.
 
 x, z_t, mask_id   clean tokens (B, L); the same masked at level t; the mask token
 pad_id            fills short texts up to L; never masked, never predicted; -1 if there is none
@@ -17,20 +16,21 @@ Sign: a reward is always maximised. The discriminator has label 1 on the referen
 estimates r(z_t) = log q_reference(z_t) - log q_student(z_t), and the student ascends r.
 
 The networks are passed in: denoiser(z (B, L), where (B, L) bool) -> logits (n, V) at the n True
-positions; discriminator(z) -> logits (B, L), with (.., where, probs (n, V)) the same for soft
-tokens, .enters(z) -> (B, L) bool, the positions that count.
-Random numbers come from torch's global generator: seed with torch.manual_seed.
+positions, .hidden(z, where) -> (n, D) and .head(hidden) -> logits its two halves;
+discriminator(z) -> logits (B, L), with (.., where, probs (n, V)) the same for soft tokens,
+.enters(z) -> (B, L) bool, the positions that count. Random numbers: torch's global generator.
 """
 import functools
 import math
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 # ----------------------------------------------------------------------- masked diffusion (MDLM)
 def alpha(t):
-    """Probability that a token is still visible at time t: log-linear schedule alpha_t = 1 - t."""
+    """Probability that a token is still visible at t, the log-linear schedule."""
     return 1 - t
 
 
@@ -62,8 +62,8 @@ def predict(denoiser, z, where, temperature=1.0):
 def nelbo(denoiser, x, mask_id, pad_id=-1, t=None):
     """Bound of x (B, L), nats per text token, and the unweighted cross-entropy per masked token.
 
-    NELBO = E_t E_{z_t} (1/t) * sum over masked i of -log p(x_i | z_t): of p(x | length). The second
-    has the same minimiser and less noise: short runs train on it. t: (B,).
+    NELBO = E_t E_{z_t} (1/t) * sum over masked i of -log p(x_i | z_t), t (B,): of p(x | length).
+    The second has the same minimiser and less noise: short runs train on it.
     """
     if t is None:
         t = low_discrepancy_times(len(x), x.device)
@@ -163,31 +163,55 @@ def draw_levels(t, K, a=1.0, b=1.0):
     return torch.stack([*levels[:K], torch.zeros_like(t)]), levels[-1], pi
 
 
-def rollout(student, z, levels, mask_id, G):
+def in_parts(function, width, *rows):
+    """function(*rows): tensors (n, ..) of tensors rows (n, ..), by way of n * width floats: if those
+    are many, part by part, and computed again in backward instead of kept."""
+    most = max(1, 2 ** 25 // width)
+    if len(rows[0]) <= most:
+        return function(*rows)
+    parts = zip(*(of.split(most) for of in rows))
+    results = [checkpoint(function, *part, use_reentrant=False) for part in parts]
+    return [torch.cat(of) for of in zip(*results)]
+
+
+def draw_and_compare(h, h_teacher=None, *, student, teacher, kl_kind, num):
+    """num tokens for each of the hidden states h (n, D), their log p, both (n, num), and (n, 2),
+    nats: the KL to the teacher, whose hidden states are h_teacher, and the entropy."""
+    log_p_x = F.log_softmax(student.head(h).float(), -1)  # (n, V)
+    tokens = draw(log_p_x.detach(), num)
+    log_p_token, regular = log_p_x.gather(1, tokens), log_p_x.new_zeros(len(h), 2)
+    if teacher is not None:
+        log_p_teacher = F.log_softmax(teacher.head(h_teacher).float(), -1)
+        kl = kl_to_teacher(log_p_x, log_p_teacher, kl_kind)
+        regular = torch.stack((kl, entropy(log_p_x)), -1)
+    return tokens, log_p_token, regular
+
+
+def rollout(student, z, levels, mask_id, G, teacher=None, kl_kind="reverse"):
     """Draw G completions of each z (B, L) along levels (K + 1, B), with gradients.
 
     Returns x (B*G, L), the completions of a state side by side; log_prob (B*G,), over all steps the
     sum of log p(token) at the positions revealed: log p_student(x) with intermediate-state
-    matching (positions that stay masked add nothing); and per step (z, where, log_p_x): states
-    entered, their masked positions, predictions there. One forward a step serves all uses.
+    matching (positions that stay masked add nothing); and (2,), KL to the teacher, unless it is
+    None, and entropy, means over the masks of the states. One forward a step serves all uses.
     """
-    log_prob, steps, copies = 0, [], G
-    for k in range(len(levels) - 1):
-        t, s = levels[k], levels[k + 1]
-        where = z == mask_id
+    log_prob, regular, copies, K = 0, 0, G, len(levels) - 1
+    compare = functools.partial(draw_and_compare, student=student, teacher=teacher, kl_kind=kl_kind)
+    for t, s in zip(levels[:-1], levels[1:]):
+        t, s, where = t.repeat_interleave(G // copies), s.repeat_interleave(G // copies), z == mask_id
         row = where.nonzero()[:, 0]  # (n,)
-        log_p_x = predict(student, z, where)  # (n, V)
-        tokens = draw(log_p_x.detach(), copies)  # (n, copies)
+        hidden = [net.hidden(z, where) for net in (student, teacher) if net is not None]  # (n, D)
+        tokens, log_p, values = in_parts(functools.partial(compare, num=copies), mask_id, *hidden)
         reveal = torch.rand(tokens.shape, device=z.device) < ((t - s) / t)[row, None]
-        log_p_token = log_p_x.gather(1, tokens) * reveal  # (n, copies)
-        log_p_step = torch.zeros(len(z), copies, device=z.device).index_add(0, row, log_p_token)
-        steps.append((z, where, log_p_x))
+        log_p_step = torch.zeros(len(z), copies, device=z.device)
+        log_p_step = log_p_step.index_add(0, row, log_p * reveal)
         z_s = z[:, :, None].repeat(1, 1, copies)  # (B, L, copies)
         z_s[where] = torch.where(reveal, tokens, mask_id)
         z = z_s.transpose(1, 2).flatten(0, 1)  # (B*G, L) from the first step on
         log_prob = log_prob + log_p_step.flatten()  # (B*G,)
-        levels, copies = levels.repeat_interleave(copies, dim=1), 1
-    return z, log_prob, steps
+        regular = regular + values.sum(0) / (max(len(row), 1) * K)
+        copies = 1
+    return z, log_prob, regular
 
 
 # ------------------------------------------------------------------ 3. discriminator and 4. reward

@@ -114,18 +114,6 @@ def reward_levels(args, tau, pi):
     return tau, w
 
 
-def regularisers(teacher, steps, kind):
-    """KL to the teacher, and entropy, at the masks of the rollout's states; nats per position."""
-    kl = entropy = 0.0
-    for z, where, log_p_x in steps:
-        n = max(len(log_p_x), 1) * len(steps)
-        with torch.no_grad():
-            log_p_teacher = didi.predict(teacher, z, where)
-        kl = kl + didi.kl_to_teacher(log_p_x, log_p_teacher, kind).sum() / n
-        entropy = entropy + didi.entropy(log_p_x).sum() / n
-    return kl, entropy
-
-
 def descend(net, optimizer):
     """One optimiser step with gradients clipped to norm 1; returns the norm before clipping."""
     average_gradients(net)
@@ -139,13 +127,16 @@ def update(args, nets, teacher, reference, groups, moving):
     """One iteration of DiDi-Instruct, B = groups * G; the student learns once it is `moving`."""
     student, disc = nets["model"], nets["disc"]
     mask_id, pad_id, G = teacher.config.mask_id, teacher.config.pad_id, args.G
+    regularised = moving and args.kl + args.entropy > 0
+    compare_with = teacher if regularised else None
     for _ in range(args.accumulate):
         # 1. rollout with intermediate-state matching: z_t -> z_tau -> x, G completions of each z_t
         t = start_levels(args, groups, teacher.lengths.device)  # (groups,)
         levels, tau, pi = didi.draw_levels(t, args.K, *args.beta)  # (K + 1, groups), (groups,)
         z_t = didi.forward_mask(reference(groups), t, mask_id, pad_id)  # the length comes first
         with torch.set_grad_enabled(moving):
-            x, log_prob, steps = didi.rollout(student, z_t, levels, mask_id, G)  # (B, L), (B,)
+            x, log_prob, (kl, entropy) = didi.rollout(
+                student, z_t, levels, mask_id, G, compare_with, args.kl_kind)  # (B, L), (B,)
         # 2. coupled time: mask x again at the same tau, and as much of a reference
         level, w = (of.repeat_interleave(G) for of in reward_levels(args, tau, pi))  # (B,) each
         z_student = didi.forward_mask(x, level, mask_id, pad_id)
@@ -167,10 +158,11 @@ def update(args, nets, teacher, reference, groups, moving):
                "spread": r.view(-1, G).std(1, correction=0).mean().item()}
         # 5. student step: policy gradient, KL to the teacher, entropy bonus
         if moving:
-            kl, entropy = regularisers(teacher, steps, args.kl_kind)
             policy = didi.policy_loss(log_prob, advantage, w, (x != pad_id).sum() / len(x))
             ((policy + args.kl * kl - args.entropy * entropy) / args.accumulate).backward()
-            row |= {"policy": policy.item(), "kl": kl.item(), "entropy": entropy.item()}
+            row["policy"] = policy.item()
+        if regularised:
+            row |= {"kl": kl.item(), "entropy": entropy.item()}
     row["disc_norm"] = descend(disc, nets["disc_opt"])
     row["norm"] = descend(student, nets["opt"]) if moving else 0.0
     return row

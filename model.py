@@ -93,13 +93,18 @@ class Denoiser(nn.Module):
                 h = block(h, self.cos[:L], self.sin[:L])
             return self.norm(h)
 
-    def forward(self, z, where=None):
-        """Logits (B, L, V), or (n, V) at the n True positions of `where` (B, L), raw."""
-        h = self.trunk(self.embed(z))
-        if where is not None:
-            h = h[where]  # the head, the widest matrix, runs only there
+    def hidden(self, z, where=...):
+        """Hidden states (B, L, D) of z (B, L), or (n, D) at the n True positions of `where`."""
+        return self.trunk(self.embed(z))[where]
+
+    def head(self, h):
+        """Hidden states (.., D) -> raw logits (.., V): the widest matrix, only where it is needed."""
         with torch.autocast(h.device.type, torch.bfloat16, enabled=self.bf16):
             return self.out(h)
+
+    def forward(self, z, where=...):
+        """Logits (B, L, V), or (n, V) at the n True positions of `where` (B, L), raw."""
+        return self.head(self.hidden(z, where))
 
     def draw_lengths(self, n):
         """(n,) random lengths, distributed as the training texts'."""

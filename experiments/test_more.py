@@ -1,4 +1,5 @@
 """test_more.py - SDTT, the ablation, the benchmarks and the animation; 3 tokens, or tiny models."""
+import functools
 import importlib.util
 import json
 import os
@@ -36,11 +37,13 @@ def index(z):
 
 
 def lookup(table):
-    """A denoiser with these logits (S, L, V)."""
+    """A denoiser with these logits (S, L, V), its head passes them on; .seen: states asked for."""
     def denoiser(z, where=None):
+        denoiser.seen.append(z)
         if where is None:
             return table[index(z)]
         return table[index(z)][where]
+    denoiser.hidden, denoiser.head, denoiser.seen = denoiser, lambda logits: logits, []
     return denoiser
 
 
@@ -156,6 +159,28 @@ def folder(trained, tmp_path, monkeypatch):
     yield tmp_path / "work"
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+# ----------------------------------------------------------------------------------------- rollouts
+def test_rollout_keeps_each_rows_own_levels():
+    """The share of masks in each row's completions against its levels."""
+    levels, net = torch.tensor([[1, 1], [0.8, 0.4], [0.1, 0.3], [0, 0]]), lookup(torch.zeros(16, L, V))
+    didi.rollout(net, masks(2), levels, MASK, 5000)
+    for level, z in zip(levels[1:], net.seen[1:]):
+        share = (z == MASK).float().view(2, -1).mean(1)
+        assert ((share - level).abs() < 5 * (0.25 / 10000) ** 0.5).all()
+
+
+@pytest.mark.parametrize("width", [2 ** 22, 2 ** 24])  # all rows at once, or two at a time
+def test_in_parts_draws_once_and_has_the_gradients_of_the_whole(width):
+    """Draws within: backward's second computation must meet the same tokens."""
+    h = torch.randn(7, V, requires_grad=True)
+    compare = functools.partial(didi.draw_and_compare, student=lookup(None), teacher=None,
+                                kl_kind="reverse", num=2)
+    tokens, log_p, _ = didi.in_parts(compare, width, h)
+    torch.rand(5)  # others draw in between
+    ours, = torch.autograd.grad(log_p.sum(), h)
+    assert torch.allclose(ours, F.one_hot(tokens, V).sum(1) - 2 * h.softmax(-1), atol=1e-6)
+
 
 
 @pytest.mark.parametrize("K", [1, 2, 3])
