@@ -69,9 +69,9 @@ def load_teacher(args, device, bf16):
     if args.data is None:
         args.data = made["flags"]["data"]
     data = corpus.load(args.data)
-    if data.tokenizer != made["tokenizer"] or data.length != teacher.config.row_length:
+    if not data.fits(made["tokenizer"], teacher.config):
         raise ValueError(f"{args.teacher} was trained on {made['flags']['data']}, and {args.data} "
-                         "has other tokens or rows: give the same corpus with --data")
+                         "has other tokens, rows or ends: give the same corpus with --data")
     return teacher, data
 
 

@@ -26,6 +26,7 @@ class Config:
     n_embd: int = 128      # D
     causal: bool = False   # the autoregressive baseline: position i sees 0..i only
     pads: bool = False     # rows of short texts, each filled up with the tokenizer's last token
+    framed: bool = False   # packed text whose every sequence begins and ends with that token
     mask_id = property(lambda self: self.vocab_size)
     pad_id = property(lambda self: self.vocab_size - 1 if self.pads else -1)  # -1: there is none
     row_length = property(lambda self: self.length if self.pads else 0)  # as of a data.corpus

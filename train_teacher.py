@@ -153,7 +153,7 @@ def main(argv=None):
     settle(args, data)
     device, bf16 = setup(args)
     config = Config(corpus.make_tokenizer(data.tokenizer).n_vocab, args.length, args.n_layer,
-                    args.n_head, args.n_embd, args.causal, not data.packed)
+                    args.n_head, args.n_embd, args.causal, not data.packed, data.framed)
     nets = networks(args, config, data.length_shares(args.length), device, bf16)
     step, seconds = 0, 0.0
     if ckpt:

@@ -2,11 +2,12 @@
 
     train.bin, val.bin  token ids in llm.c's format: 256 little-endian int32 (magic, version, number
                         of tokens), then uint16; a large corpus goes on in train_001.bin, ..
-    meta.json           {"maker", "tokenizer", "length", "made_from"}
+    meta.json           {"maker", "tokenizer", "length", "made_from"}, perhaps "framed"
 
 length is that of every row, where rows are short texts padded with the end token, or 0 where the
-texts are packed: one after the other, a training sequence being any window. The folder appears
-whole or not at all, so several processes may make it at once: the first one's stays.
+texts are packed: one after the other, a training sequence being any window; if framed is true, with
+an end token first and last, as the published MDLM was trained. The folder appears whole or not at
+all, so several processes may make it at once: the first one's stays.
 """
 import collections
 import contextlib
@@ -87,6 +88,7 @@ class Corpus:
     made_from: dict
     train: list
     val: list
+    framed: bool = False  # packed text: do sequences begin and end with an end token?
 
     @property
     def packed(self):
@@ -142,6 +144,7 @@ class Corpus:
         stride = 1 if self.packed else self.length
         index = torch.randint(self.count(self.train, stride, L), (n,))
         x = windows(self.train, index.numpy(), stride, L)
+        self.frame(x)
         if torch.device(device).type == "cuda":
             x = x.pin_memory()
         return x.to(device, non_blocking=True)
@@ -151,7 +154,18 @@ class Corpus:
         stride = L if self.packed else self.length
         total = self.count(self.val, stride, L)
         index = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:n]
-        return windows(self.val, index.numpy(), stride, L)
+        return self.frame(windows(self.val, index.numpy(), stride, L))
+
+    def frame(self, x):
+        """Sequences x (n, L) with their first and last token made ends, if framed; in place."""
+        if self.framed:
+            x[:, 0] = x[:, -1] = make_tokenizer(self.tokenizer).eot_token
+        return x
+
+    def fits(self, tokenizer, config):
+        """Is a network with this tokenizer and model.Config one for such sequences?"""
+        theirs = (tokenizer, config.row_length, config.framed)
+        return theirs == (self.tokenizer, self.length, self.framed)
 
     def decode(self, x):
         """Token ids (B, L) -> B texts."""
@@ -218,7 +232,8 @@ def load(folder):
                          "data.fasta or data.openwebtext, or name another with --data") from None
     except (OSError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as e:
         raise ValueError(f"{folder!r} is no corpus of this project ({e}): make it again") from None
-    if corpus.maker not in MAKERS or type(corpus.length) is not int or corpus.length < 0:
+    kinds = type(corpus.length), type(corpus.framed)
+    if corpus.maker not in MAKERS or kinds != (int, bool) or corpus.length < 0:
         raise ValueError(f"{folder}/meta.json names an unknown maker or length: make it again, or "
                          "add the maker to MAKERS in data/corpus.py")
     return corpus
@@ -264,7 +279,7 @@ def is_fasta(path):
 
 
 # ---------------------------------------------------------------------------------------- writing
-def write(folder, pieces, maker, tokenizer, length, made_from):
+def write(folder, pieces, maker, tokenizer, length, made_from, framed=False):
     """Make the corpus in `folder` from pieces, an iterable of ("train" or "val", token ids).
 
     Written under a temporary name and renamed: a kill, or a second process, never leaves a part
@@ -280,7 +295,8 @@ def write(folder, pieces, maker, tokenizer, length, made_from):
             source = made_from.get("path", folder)
             raise ValueError(f"{source!r} gives {counts['train']} tokens to train and "
                              f"{counts['val']} to validate, and both are needed: give more text")
-        meta = {"maker": maker, "tokenizer": tokenizer, "length": length, "made_from": made_from}
+        meta = {"maker": maker, "tokenizer": tokenizer, "length": length, "framed": framed,
+                "made_from": made_from}
         with open(os.path.join(partial, "meta.json"), "w", encoding="utf-8") as f:
             json.dump(meta, f, indent=1)
         os.chmod(partial, 0o755)

@@ -2,6 +2,7 @@
 
     python -m data.openwebtext              # -> out/openwebtext, 9 billion tokens
     python -m data.openwebtext --shards 1   # the first tar only, 0.4 billion
+    python -m data.openwebtext --framed     # for a teacher of experiments.mdlm
 
 The tars are downloaded to --cache, going on where an earlier try stopped, and streamed: nothing is
 unpacked to the disk.
@@ -104,11 +105,11 @@ def documents(cache, shards):
             raise ValueError(f"{path} is damaged ({e}): delete it and run again") from None
 
 
-def prepare(folder="out/openwebtext", shards=SHARDS, cache="out/downloads"):
+def prepare(folder="out/openwebtext", shards=SHARDS, cache="out/downloads", framed=False):
     """Make the corpus of the first tars. Returns {"train": tokens, "val": ..}."""
     pieces = text.show_progress(text.tokenize(documents(cache, shards)), "OpenWebText")
     made_from = {"path": URL, "shards": shards}
-    return corpus.write(folder, pieces, "text", "gpt2", 0, made_from)
+    return corpus.write(folder, pieces, "text", "gpt2", 0, made_from, framed)
 
 
 def main(argv=None):
@@ -116,11 +117,12 @@ def main(argv=None):
     p = argparse.ArgumentParser(description="Download OpenWebText and make a corpus of it.")
     p.add_argument("--shards", type=int, choices=range(1, SHARDS + 1), metavar="N", default=SHARDS,
                    help="only the first N of 21 tars")
+    p.add_argument("--framed", action="store_true", help=text.FRAMED)
     p.add_argument("--out", default="out/openwebtext", help="corpus folder to make")
     p.add_argument("--cache", default="out/downloads", help="folder for the tars")
     args = p.parse_args(argv)
     corpus.refuse_existing(args.out)
-    text.report(args.out, prepare(args.out, args.shards, args.cache))
+    text.report(args.out, prepare(args.out, args.shards, args.cache, args.framed))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import sys
 import tarfile
 import threading
 import time
+import types
 import zlib
 
 import numpy as np
@@ -164,6 +165,24 @@ def test_held_out_is_always_the_same_and_without_overlap():
     assert sorted(rows.held_out(99, 10)[:, 0].tolist()) == [0, 10, 20, 100, 110]
 
 
+def test_framed_sequences_begin_and_end_with_an_end_token_and_are_else_as_before(folder):
+    """Of a corpus made by the command with --framed: batch and held_out against those without."""
+    with open("a.txt", "w", encoding="utf-8") as f:
+        f.write("the quick brown fox\n" * 200)
+    for name, flags in (("bare", []), ("framed", ["--framed"])):
+        text.main(["a.txt", "--tokenizer", "bytes", "--out", name, *flags])
+    bare, framed = corpus.load("bare"), corpus.load("framed")
+    for read in (lambda data: data.batch(50, 16), lambda data: data.held_out(50, 16)):
+        torch.manual_seed(0)
+        theirs = read(bare)
+        torch.manual_seed(0)
+        ours = read(framed)
+        assert (ours[:, [0, -1]] == 256).all() and not (theirs[:, 0] == 256).all()
+        assert torch.equal(ours[:, 1:-1], theirs[:, 1:-1])
+    net = types.SimpleNamespace(row_length=0, framed=True)
+    assert framed.fits("bytes", net) and not framed.fits("gpt2", net) and not bare.fits("bytes", net)
+
+
 @pytest.mark.parametrize("tokenizer", ["bytes", "gpt2"])
 def test_rows_are_texts_with_ends_behind_them_only(gpt2, tokenizer):
     texts = [f"{i} <|endoftext|> caf\xe9 {i}"[:i] for i in range(26)] + ["x" * 32]
@@ -220,6 +239,7 @@ META = {"maker": "text", "tokenizer": "bytes", "length": 0, "made_from": {}}
 @pytest.mark.parametrize("content, word", [
     ("{", "no corpus"), ("\udcff", "no corpus"), ("[]", "no corpus"), ('{"maker": 1}', "no corpus"),
     (json.dumps(META | {"maker": "os"}), "maker"), (json.dumps(META | {"length": -1}), "length"),
+    (json.dumps(META | {"framed": 1}), "maker"),
     (json.dumps(META | {"length": "1"}), "length"), (json.dumps(META | {"more": 1}), "no corpus")])
 def test_a_damaged_meta_file_is_refused(content, word):
     make()

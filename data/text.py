@@ -2,6 +2,7 @@
 
     python -m data.text news.txt.xz         # -> out/news, GPT-2's tokens
     python -m data.text news.txt.xz --tokenizer bytes
+    python -m data.text news.txt.xz --framed   # for a teacher of experiments.mdlm
     python -m data.text articles/           # all .txt, .gz and .xz below a folder -> out/articles
     python -m data.text fineweb10B/         # ready-made shards *.bin of llm.c or modded-nanogpt
 
@@ -26,6 +27,7 @@ from data.command import run_script
 
 SHOWN = ("entropy", "tv", "js3", "rep4")  # what the tables of training show
 TOKENIZERS = ("gpt2", "bytes")
+FRAMED = "sequences begin and end with an end token, as those of MDLM's published teacher do"
 HELD_OUT = 1000  # passages of the validation split that `quality` compares with
 COMMON = 1000  # words, the most frequent ones; all others are rare
 WORD, QUOTE = re.compile(r"[^\W\d_]+"), re.compile(r"[\"\u201c\u201d]")
@@ -122,7 +124,7 @@ def show_progress(pieces, name):
             bar.update(len(ids))
 
 
-def prepare(path, folder, tokenizer="gpt2"):
+def prepare(path, folder, tokenizer="gpt2", framed=False):
     """Make the corpus from a file or folder, streamed. Returns {"train": tokens, "val": ..}."""
     path = os.path.normpath(path)
     names = sorted(glob.glob(os.path.join(glob.escape(path), "*.bin")))
@@ -138,7 +140,7 @@ def prepare(path, folder, tokenizer="gpt2"):
         pieces = tokenize(documents(names, limit), every, tokenizer)
     pieces = show_progress(pieces, os.path.basename(path))
     made_from = {"path": path, "files": len(names)}
-    return corpus.write(folder, pieces, "text", tokenizer, 0, made_from)
+    return corpus.write(folder, pieces, "text", tokenizer, 0, made_from, framed)
 
 
 @functools.lru_cache(maxsize=2)
@@ -220,12 +222,13 @@ def main(argv=None):
     p = argparse.ArgumentParser(description="Make a corpus of text, packed.")
     p.add_argument("path", help="a UTF-8 file (.gz, .xz), a folder of them, or of shards *.bin")
     p.add_argument("--tokenizer", choices=TOKENIZERS, default="gpt2", help="what a token is")
+    p.add_argument("--framed", action="store_true", help=FRAMED)
     p.add_argument("--out", help="corpus folder to make [out/<stem of the path>]")
     args = p.parse_args(argv)
     if args.out is None:
         args.out = corpus.out_folder(args.path)
     corpus.refuse_existing(args.out)
-    report(args.out, prepare(args.path, args.out, args.tokenizer))
+    report(args.out, prepare(args.path, args.out, args.tokenizer, args.framed))
 
 
 if __name__ == "__main__":

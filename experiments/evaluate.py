@@ -213,9 +213,9 @@ def load(args, device, bf16):
     model = models[names[0]]
     folder = model["flags"]["data"] if args.data is None else args.data
     data = corpus.load(folder)
-    if data.tokenizer != model["tokenizer"] or data.length != model["config"].row_length:
-        raise ValueError(f"the models do not fit the corpus {folder}: it has other tokens, or rows "
-                         "of another length; name theirs with --data")
+    if not data.fits(model["tokenizer"], model["config"]):
+        raise ValueError(f"the models do not fit the corpus {folder}: it has other tokens, rows or "
+                         "ends; name theirs with --data")
     return models, data
 
 

@@ -29,7 +29,7 @@ from experiments.common import write_json
 from model import Config, Denoiser, load_checkpoint, save_checkpoint
 
 SHA256 = "47149e73f7552f39ea9776dbe74d925d25237bcf2ed2e2ec03cdff9d51c82aa4"  # of mdlm-owt's file
-PUBLISHED = Config(vocab_size=50257, length=1024, n_layer=12, n_head=12, n_embd=768)
+PUBLISHED = Config(50257, 1024, n_layer=12, n_head=12, n_embd=768, framed=True)
 TOKENIZERS = {50257: "gpt2", 257: "bytes"}  # by how many tokens they have
 # Raw logits at the mask (50257) of the published weights, in float32: candle-mi's reference values
 ANSWERS = (
@@ -276,7 +276,7 @@ def check_tensors(theirs, length):
     blocks = {name.split(".")[1] for name in theirs if name.startswith("blocks.")}
     if min(V - 1, D, cond, freq, half, len(blocks)) < 1 or freq % 2 or D % (2 * half):
         raise ValueError(f"{EMBED!r}, {TIME!r} and {INV_FREQ!r} do not fit each other")
-    config = Config(V - 1, length, len(blocks), D // (2 * half), D)
+    config = Config(V - 1, length, len(blocks), D // (2 * half), D, framed=True)
     shapes = layout(config, cond, freq)
     for name in theirs:
         if name not in shapes:
@@ -492,7 +492,8 @@ def import_teacher(args):
     os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
     save_checkpoint(args.out, {"model": net, "ema": net}, kind="teacher", config=asdict(config),
                     tokenizer=TOKENIZERS[config.vocab_size], flags=vars(args), step=0, seconds=0.0)
-    print(f"wrote {args.out}: distil it with python distill.py --teacher {args.out}")
+    print(f"wrote {args.out}: distil it with python distill.py --teacher {args.out}, on a corpus "
+          f"made with --framed, {args.data}")
 
 
 def export(args):
@@ -526,7 +527,7 @@ def main(argv=None):
     add = p.add_argument
     add("file", help="model.safetensors or mdlm.ckpt of MDLM; with --unfold a checkpoint of ours")
     add("--raw", action="store_true", help="of a .ckpt the bare weights, not their average (EMA)")
-    add("--data", default="out/openwebtext", help="corpus folder to distil on, kept in --out")
+    add("--data", default="out/openwebtext", help="corpus to distil on, made with --framed")
     add("--out", default="out/teacher.pt", help="checkpoint to write")
     add("--unfold", metavar="FILE", help="write the model there as .safetensors of MDLM instead")
     p.set_defaults(seed=0)  # as every checkpoint has

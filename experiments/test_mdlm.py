@@ -117,7 +117,7 @@ def states(V=V, n=8):
 
 
 def config(V=V):
-    return model.Config(V, L, BLOCKS, H, D)
+    return model.Config(V, L, BLOCKS, H, D, framed=True)
 
 
 def wide(state, monkeypatch, sigma=0.0):
@@ -485,7 +485,7 @@ def test_the_imported_teacher_distils_and_goes_back(capsys):
     """python -m experiments.mdlm, distill.py, sdtt.py; the students in MDLM's form are the same."""
     text = [list(f"def f{i}(a, b={i}): return a\n".encode()) for i in range(400)]
     pieces = [("train", sum(text, [])), ("val", sum(text[:50], []))]
-    corpus.write("corpus", pieces, "text", "bytes", 0, {})
+    corpus.write("corpus", pieces, "text", "bytes", 0, {}, framed=True)
     mdlm.write_safetensors("a.safetensors", hf(tensors(257)))
     mdlm.main(["a.safetensors", "--data", "corpus"])
     lines = capsys.readouterr().out.splitlines()
@@ -498,6 +498,9 @@ def test_the_imported_teacher_distils_and_goes_back(capsys):
     assert all(torch.equal(a, b) for a, b in zip(nets["model"].parameters(), net.parameters()))
     for extra, out in (([], "a.pt"), (["--paper", "--reference", "data"], "b.pt")):
         assert not distill.main([*TINY, *extra, "--out", out])
+    corpus.write("bare", iter([("train", range(90)), ("val", range(90))]), "text", "bytes", 0, {})
+    with pytest.raises(ValueError, match="bare has other tokens, rows or ends: give the same"):
+        distill.main([*TINY, "--data", "bare"])
     sdtt.main(["--device", "cpu", "--updates", "4", "--batch", "4", "--out", "c.pt"])
     for i, path in enumerate(("a.pt", "b.pt", "c.pt")):
         student = model.load_checkpoint(path, ("student",))[1]
