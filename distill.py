@@ -86,12 +86,13 @@ def networks(args, teacher):
 
 
 def make_reference(args, data, teacher):
-    """A function n -> x (n, L), reference texts: of the corpus, or of 2,048 teacher samples."""
+    """A function n -> x (n, L), reference texts: of the corpus, or of 2,048 teacher samples or so."""
     L, mask_id, device = teacher.config.length, teacher.config.mask_id, teacher.lengths.device
     if args.reference == "data":
         return lambda n: data.batch(n, L, device)
-    bar = tqdm(range(8), desc="teacher samples", unit="batch", disable=RANK > 0)
-    starts = (teacher.start(teacher.draw_lengths(256)) for _ in bar)
+    B = min(256, teacher.config.at_once)
+    bar = tqdm(range(-(-2048 // B)), desc="teacher samples", unit="batch", disable=RANK > 0)
+    starts = (teacher.start(teacher.draw_lengths(B)) for _ in bar)
     samples = torch.cat([didi.sample(teacher, z, 64, mask_id)[0] for z in starts])
     return lambda n: samples[torch.randint(len(samples), (n,)).to(device)]
 

@@ -29,6 +29,7 @@ class Config:
     framed: bool = False   # packed text whose every sequence begins and ends with that token
     mask_id = property(lambda self: self.vocab_size)
     pad_id = property(lambda self: self.vocab_size - 1 if self.pads else -1)  # -1: there is none
+    at_once = property(lambda self: max(1, 2 ** 29 // (self.length * self.vocab_size)))  # in 10 GB
     row_length = property(lambda self: self.length if self.pads else 0)  # as of a data.corpus
 
 

@@ -39,7 +39,7 @@ def parse_flags(argv=None):
     add("--guidance", type=WEIGHT, default=1.0, help="h, weight of the reward's gradient in rgas")
     add("--candidates", type=FROM_1, default=4, help="M, next states to choose from in rgas")
     add("--switch", type=SHARE, default=0.5, help="share of guided steps that use the gradient")
-    add("--batch", type=FROM_1, default=256, help="B, sequences at once: as memory allows")
+    add("--batch", type=FROM_1, default=256, help="B, sequences at once, at most")
     add("--out", help="write the samples there, too; as FASTA if it ends in .fasta or .fa")
     add_device_flags(add)
     args = p.parse_args(argv)
@@ -116,7 +116,7 @@ def watcher(steps, config, encoding):
 def write(args, net, disc, z, on_step):
     """Fill the masks of z (N, L): x (N, L), denoiser calls (N,), discriminator calls (N,)."""
     mask_id, T, parts = net.config.mask_id, args.temperature, []
-    for part in tqdm(z.split(args.batch), unit="batch", delay=2, disable=args.watch):
+    for part in tqdm(z.split(min(args.batch, net.config.at_once)), unit="batch", delay=2, disable=args.watch):
         part = part.to(net.lengths.device)
         if disc is None:
             x, nfe = didi.sample(net, part, args.steps, mask_id, T, on_step)

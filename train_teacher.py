@@ -106,7 +106,8 @@ def validate(model, data, device):
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(1234)
         x = data.held_out(max(1, 2 ** 16 // L), L).to(device)
-        nats = [bound_and_loss(model, part)[0] * (part != pad_id).sum() for part in x.split(64)]
+        parts = x.split(min(64, model.config.at_once))
+        nats = [bound_and_loss(model, part)[0] * (part != pad_id).sum() for part in parts]
     nelbo = sum(nats).item() / (x != pad_id).sum().item()
     return {"val_nelbo": nelbo, "val_ppl": math.exp(min(nelbo, 700)),
             **data.measures(model, didi.sample, steps)}

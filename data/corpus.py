@@ -191,7 +191,9 @@ class Corpus:
             torch.manual_seed(4321)
             z = model.start(model.draw_lengths(num))
             for steps in each:
-                shown = self.shown(sample(model, z, steps, model.config.mask_id)[0])
+                parts = z.split(model.config.at_once)
+                x = [sample(model, part, steps, model.config.mask_id)[0] for part in parts]
+                shown = self.shown(torch.cat(x))
                 row |= {f"{name}@{steps}": value for name, value in shown.items()}
         return row
 

@@ -85,6 +85,7 @@ def write(model, num, steps, sampler="ancestral", temperature=1.0, seed=0, batch
     has no steps. nfe and disc_calls are the means of the network calls that a sequence took.
     """
     net, parts = model["denoiser"], []
+    batch = min(batch, net.config.at_once)
     if not on_step:  # warm-up, not timed: the first calls set up threads, kernels and memory
         z = net.start(net.draw_lengths(min(num, batch)))
         run(model, z, 2, sampler, temperature, rgas, None)[0].cpu()

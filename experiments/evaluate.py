@@ -41,7 +41,7 @@ def parse_flags(argv=None):
     add("--rows", choices=("all", "teacher", "student"), default="all", help="whose rows")
     add("--sweep", action="store_true", help="all numbers of steps at all temperatures, .7 to 1.2")
     add("--samples", type=FROM_1, default=1000, help="in a row; of fewer, mostly noise")
-    add("--batch", type=FROM_1, default=256, help="B, sequences at once: as memory allows")
+    add("--batch", type=FROM_1, default=256, help="B, sequences at once, at most")
     add("--judge", help="a GPT-2 of the package transformers instead of --causal: name or folder")
     add("--guidance", type=WEIGHT, default=1.0, help="h, weight of the reward's gradient in rgas")
     add("--candidates", type=FROM_1, default=4, help="M, next states to choose from in rgas")
