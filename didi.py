@@ -164,8 +164,8 @@ def draw_levels(t, K, a=1.0, b=1.0):
 
 
 def in_parts(function, width, *rows):
-    """function(*rows): tensors (n, ..) of tensors rows (n, ..), by way of n * width floats: if those
-    are many, part by part, and computed again in backward instead of kept."""
+    """function(*rows): tensors (n, ..) of tensors rows (n, ..), by way of n * width floats: many
+    are computed part by part, and again in backward instead of kept."""
     most = max(1, 2 ** 25 // width)
     if len(rows[0]) <= most:
         return function(*rows)
@@ -198,7 +198,8 @@ def rollout(student, z, levels, mask_id, G, teacher=None, kl_kind="reverse"):
     log_prob, regular, copies, K = 0, 0, G, len(levels) - 1
     compare = functools.partial(draw_and_compare, student=student, teacher=teacher, kl_kind=kl_kind)
     for t, s in zip(levels[:-1], levels[1:]):
-        t, s, where = t.repeat_interleave(G // copies), s.repeat_interleave(G // copies), z == mask_id
+        t, s = (of.repeat_interleave(G // copies) for of in (t, s))  # of each state
+        where = z == mask_id
         row = where.nonzero()[:, 0]  # (n,)
         hidden = [net.hidden(z, where) for net in (student, teacher) if net is not None]  # (n, D)
         tokens, log_p, values = in_parts(functools.partial(compare, num=copies), mask_id, *hidden)

@@ -86,7 +86,7 @@ def networks(args, teacher):
 
 
 def make_reference(args, data, teacher):
-    """A function n -> x (n, L), reference texts: of the corpus, or of 2,048 teacher samples or so."""
+    """A function n -> x (n, L), reference texts: of the corpus, or of many teacher samples."""
     L, mask_id, device = teacher.config.length, teacher.config.mask_id, teacher.lengths.device
     if args.reference == "data":
         return lambda n: data.batch(n, L, device)
@@ -115,6 +115,14 @@ def reward_levels(args, tau, pi):
     return tau, w
 
 
+def compared_with(args, teacher, moving):
+    """The network that a rollout is compared with, or None where no regulariser has a weight; the
+    log then has kl 0 and entropy 0."""
+    if moving and args.kl + args.entropy > 0:
+        return teacher
+    return None
+
+
 def descend(net, optimizer):
     """One optimiser step with gradients clipped to norm 1; returns the norm before clipping."""
     average_gradients(net)
@@ -128,16 +136,15 @@ def update(args, nets, teacher, reference, groups, moving):
     """One iteration of DiDi-Instruct, B = groups * G; the student learns once it is `moving`."""
     student, disc = nets["model"], nets["disc"]
     mask_id, pad_id, G = teacher.config.mask_id, teacher.config.pad_id, args.G
-    regularised = moving and args.kl + args.entropy > 0
-    compare_with = teacher if regularised else None
     for _ in range(args.accumulate):
         # 1. rollout with intermediate-state matching: z_t -> z_tau -> x, G completions of each z_t
         t = start_levels(args, groups, teacher.lengths.device)  # (groups,)
         levels, tau, pi = didi.draw_levels(t, args.K, *args.beta)  # (K + 1, groups), (groups,)
         z_t = didi.forward_mask(reference(groups), t, mask_id, pad_id)  # the length comes first
         with torch.set_grad_enabled(moving):
-            x, log_prob, (kl, entropy) = didi.rollout(
-                student, z_t, levels, mask_id, G, compare_with, args.kl_kind)  # (B, L), (B,)
+            compared = compared_with(args, teacher, moving)
+            x, log_prob, (kl, entropy) = didi.rollout(student, z_t, levels, mask_id, G, compared,
+                                                      args.kl_kind)  # (B, L), (B,), (2,)
         # 2. coupled time: mask x again at the same tau, and as much of a reference
         level, w = (of.repeat_interleave(G) for of in reward_levels(args, tau, pi))  # (B,) each
         z_student = didi.forward_mask(x, level, mask_id, pad_id)
@@ -161,9 +168,7 @@ def update(args, nets, teacher, reference, groups, moving):
         if moving:
             policy = didi.policy_loss(log_prob, advantage, w, (x != pad_id).sum() / len(x))
             ((policy + args.kl * kl - args.entropy * entropy) / args.accumulate).backward()
-            row["policy"] = policy.item()
-        if regularised:
-            row |= {"kl": kl.item(), "entropy": entropy.item()}
+            row |= {"policy": policy.item(), "kl": kl.item(), "entropy": entropy.item()}
     row["disc_norm"] = descend(disc, nets["disc_opt"])
     row["norm"] = descend(student, nets["opt"]) if moving else 0.0
     return row

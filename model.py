@@ -100,7 +100,7 @@ class Denoiser(nn.Module):
         return self.trunk(self.embed(z))[where]
 
     def head(self, h):
-        """Hidden states (.., D) -> raw logits (.., V): the widest matrix, only where it is needed."""
+        """Hidden states (.., D) -> raw logits (.., V): the widest matrix."""
         with torch.autocast(h.device.type, torch.bfloat16, enabled=self.bf16):
             return self.out(h)
 

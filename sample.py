@@ -116,7 +116,8 @@ def watcher(steps, config, encoding):
 def write(args, net, disc, z, on_step):
     """Fill the masks of z (N, L): x (N, L), denoiser calls (N,), discriminator calls (N,)."""
     mask_id, T, parts = net.config.mask_id, args.temperature, []
-    for part in tqdm(z.split(min(args.batch, net.config.at_once)), unit="batch", delay=2, disable=args.watch):
+    batches = z.split(min(args.batch, net.config.at_once))
+    for part in tqdm(batches, unit="batch", delay=2, disable=args.watch):
         part = part.to(net.lengths.device)
         if disc is None:
             x, nfe = didi.sample(net, part, args.steps, mask_id, T, on_step)

@@ -105,7 +105,8 @@ def teacher_step(args, device, bf16):
         V = corpus.make_tokenizer(data.tokenizer).n_vocab
     train_teacher.settle(args, data)
     L, B = args.length, args.batch // args.accumulate
-    config = Config(V, L, args.n_layer, args.n_head, args.n_embd, args.causal, not data.packed, data.framed)
+    config = Config(V, L, args.n_layer, args.n_head, args.n_embd, args.causal, not data.packed,
+                    data.framed)
     nets = train_teacher.networks(args, config, data.length_shares(L), device, bf16)
     model = nets["model"]
     if args.compile or device.type == "cuda":

@@ -163,7 +163,8 @@ def folder(trained, tmp_path, monkeypatch):
 # ----------------------------------------------------------------------------------------- rollouts
 def test_rollout_keeps_each_rows_own_levels():
     """The share of masks in each row's completions against its levels."""
-    levels, net = torch.tensor([[1, 1], [0.8, 0.4], [0.1, 0.3], [0, 0]]), lookup(torch.zeros(16, L, V))
+    levels = torch.tensor([[1.0, 1.0], [0.8, 0.4], [0.1, 0.3], [0.0, 0.0]])
+    net = lookup(torch.zeros(16, L, V))
     didi.rollout(net, masks(2), levels, MASK, 5000)
     for level, z in zip(levels[1:], net.seen[1:]):
         share = (z == MASK).float().view(2, -1).mean(1)
