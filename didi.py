@@ -16,21 +16,21 @@ Sign: a reward is always maximised. The discriminator has label 1 on the referen
 estimates r(z_t) = log q_reference(z_t) - log q_student(z_t), and the student ascends r.
 
 The networks are passed in: denoiser(z (B, L), where (B, L) bool) -> logits (n, V) at the n True
-positions, .hidden(z, where) -> (n, D) and .head(hidden) -> logits its two halves;
-discriminator(z) -> logits (B, L), with (.., where, probs (n, V)) the same for soft tokens,
-.enters(z) -> (B, L) bool, the positions that count. Random numbers: torch's global generator.
+positions, .hidden(z, where) -> (n, D) and .head(hidden) -> logits its two halves, .in_parts(f, ..)
+-> f(..) in little memory; discriminator(z) -> logits (B, L), with (.., where, probs (n, V)) the
+same for soft tokens, .enters(z) -> (B, L) bool, the positions that count. Random numbers come from
+torch's global generator.
 """
 import functools
 import math
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 
 # ----------------------------------------------------------------------- masked diffusion (MDLM)
 def alpha(t):
-    """Probability that a token is still visible at t, the log-linear schedule."""
+    """Probability that a token is still visible at time t: log-linear schedule alpha_t = 1 - t."""
     return 1 - t
 
 
@@ -76,11 +76,8 @@ def nelbo(denoiser, x, mask_id, pad_id=-1, t=None):
 
 # -------------------------------------------------------------------------------------- sampling
 def draw(log_p_x, num=1):
-    """num independent tokens from each row of log_p_x (n, V) -> (n, num).
-
-    By inversion of the cumulative distribution in float64: one random number a token, and no tail
-    is lost. Raises FloatingPointError for NaN.
-    """
+    """num independent tokens from each row of log_p_x (n, V) -> (n, num), by inversion of the
+    cumulative distribution in float64: no tail is lost. Raises FloatingPointError for NaN."""
     rows = max(1, 2 ** 27 // log_p_x.shape[1])
     if len(log_p_x) > rows:  # a part at a time: at most 1 GiB of float64
         return torch.cat([draw(part, num) for part in log_p_x.split(rows)])
@@ -93,21 +90,19 @@ def draw(log_p_x, num=1):
 
 
 def reveal_positions(z, t, s, mask_id):
-    """(B, L) bool: the masked positions of z that a step t -> s reveals, each with (t - s)/t.
-
-    It does not depend on the content: drawn before the network runs ("reveal first").
-    """
+    """(B, L) bool: the masked positions of z that a step t -> s reveals, each with (t - s)/t,
+    whatever the content: drawn before the network runs ("reveal first")."""
     t, s = column(t, z), column(s, z)
     share = (alpha(s) - alpha(t)) / (1 - alpha(t))
     return (z == mask_id) & (torch.rand(z.shape, device=z.device) < share)
 
 
 def ancestral_step(denoiser, z, t, s, mask_id, temperature=1.0, choose=None):
-    """One exact reverse step z_t -> z_s of z (B, L). Returns z_s and the rows called, (B,) bool.
+    """One exact reverse step z_t -> z_s of z (B, L), with choose(z, where, log_p_x) -> z_s for the
+    independent draws. Returns z_s and the rows called, (B,) bool: those with something to reveal.
 
-    Rows in which nothing is revealed need no network. The usual categorical over V + 1 outcomes
-    has the same law, but in float32 truncates small probabilities (arXiv 2409.02908).
-    choose(z, where, log_p_x) -> z_s replaces the independent draws.
+    The usual categorical over V + 1 outcomes has the same law, but in float32 truncates small
+    probabilities (arXiv 2409.02908).
     """
     reveal = reveal_positions(z, t, s, mask_id)
     called = reveal.any(dim=1)  # (B,)
@@ -131,13 +126,12 @@ def time_grid(steps):
 
 @torch.no_grad()
 def sample(denoiser, z, steps, mask_id, temperature=1.0, on_step=None):
-    """Fill the masks of z (B, L) in `steps` ancestral steps; visible tokens never change.
+    """Fill the masks of z (B, L) in `steps` ancestral steps; the last, to 0, reveals all.
 
     Returns x (B, L) and nfe (B,), denoiser calls: at most `steps`, and at most a row's number of
-    masks. The last step, to 0, reveals all. on_step(z_s) is called after each.
+    masks. on_step(z_s) is called after each.
     """
-    times = time_grid(steps)
-    nfe = torch.zeros(len(z), dtype=torch.long, device=z.device)
+    times, nfe = time_grid(steps), torch.zeros(len(z), dtype=torch.long, device=z.device)
     for t, s in zip(times[:-1], times[1:]):
         z, called = ancestral_step(denoiser, z, t, s, mask_id, temperature)
         nfe += called
@@ -150,9 +144,9 @@ def sample(denoiser, z, steps, mask_id, temperature=1.0, on_step=None):
 def draw_levels(t, K, a=1.0, b=1.0):
     """Levels t = l_0 > l_1 > .. > l_K = 0 of K-step rollouts, (K + 1, B); tau (B,); its density pi.
 
-    K = 2: tau = t * u with u ~ Beta(a, b) clamped to [.02, .98]; the paper has t = 1. For K > 2
-    each level is such a fraction of the one before, tau is the last above 0, and pi its density
-    given the one before. K = 1 has no intermediate state: tau only serves to mask x again.
+    Each level above 0 is u ~ Beta(a, b), clamped to [.02, .98], of the one before; tau is the last,
+    pi its density given the one before. The paper has K = 2, t = 1. With K = 1, no intermediate
+    state, tau only serves to mask x again.
     """
     beta = torch.distributions.Beta(torch.full_like(t, a), torch.full_like(t, b))
     levels = [t]
@@ -163,37 +157,25 @@ def draw_levels(t, K, a=1.0, b=1.0):
     return torch.stack([*levels[:K], torch.zeros_like(t)]), levels[-1], pi
 
 
-def in_parts(function, width, *rows):
-    """function(*rows): tensors (n, ..) of tensors rows (n, ..), by way of n * width floats: many
-    are computed part by part, and again in backward instead of kept."""
-    most = max(1, 2 ** 25 // width)
-    if len(rows[0]) <= most:
-        return function(*rows)
-    parts = zip(*(of.split(most) for of in rows))
-    results = [checkpoint(function, *part, use_reentrant=False) for part in parts]
-    return [torch.cat(of) for of in zip(*results)]
-
-
 def draw_and_compare(h, h_teacher=None, *, student, teacher, kl_kind, num):
-    """num tokens for each of the hidden states h (n, D), their log p, both (n, num), and (n, 2),
-    nats: the KL to the teacher, whose hidden states are h_teacher, and the entropy."""
+    """num tokens of each of the hidden states h (n, D), and their log p, both (n, num); and (n, 2),
+    nats, KL to the teacher, whose hidden states are h_teacher, 0 without one, and entropy."""
     log_p_x = F.log_softmax(student.head(h).float(), -1)  # (n, V)
     tokens = draw(log_p_x.detach(), num)
-    log_p_token, regular = log_p_x.gather(1, tokens), log_p_x.new_zeros(len(h), 2)
+    log_p_token, kl = log_p_x.gather(1, tokens), log_p_x.new_zeros(len(h))
     if teacher is not None:
         log_p_teacher = F.log_softmax(teacher.head(h_teacher).float(), -1)
         kl = kl_to_teacher(log_p_x, log_p_teacher, kl_kind)
-        regular = torch.stack((kl, entropy(log_p_x)), -1)
-    return tokens, log_p_token, regular
+    return tokens, log_p_token, torch.stack((kl, entropy(log_p_x)), -1)
 
 
 def rollout(student, z, levels, mask_id, G, teacher=None, kl_kind="reverse"):
     """Draw G completions of each z (B, L) along levels (K + 1, B), with gradients.
 
     Returns x (B*G, L), the completions of a state side by side; log_prob (B*G,), over all steps the
-    sum of log p(token) at the positions revealed: log p_student(x) with intermediate-state
-    matching (positions that stay masked add nothing); and (2,), KL to the teacher, unless it is
-    None, and entropy, means over the masks of the states. One forward a step serves all uses.
+    sum of log p(token) at the positions revealed, so log p_student(x) with intermediate-state
+    matching; and (2,), KL to the teacher and entropy, means over the masks of the states. One
+    forward a step serves all.
     """
     log_prob, regular, copies, K = 0, 0, G, len(levels) - 1
     compare = functools.partial(draw_and_compare, student=student, teacher=teacher, kl_kind=kl_kind)
@@ -202,10 +184,9 @@ def rollout(student, z, levels, mask_id, G, teacher=None, kl_kind="reverse"):
         where = z == mask_id
         row = where.nonzero()[:, 0]  # (n,)
         hidden = [net.hidden(z, where) for net in (student, teacher) if net is not None]  # (n, D)
-        tokens, log_p, values = in_parts(functools.partial(compare, num=copies), mask_id, *hidden)
+        tokens, log_p, values = student.in_parts(functools.partial(compare, num=copies), *hidden)
         reveal = torch.rand(tokens.shape, device=z.device) < ((t - s) / t)[row, None]
-        log_p_step = torch.zeros(len(z), copies, device=z.device)
-        log_p_step = log_p_step.index_add(0, row, log_p * reveal)
+        log_p_step = torch.zeros(len(z), copies, device=z.device).index_add(0, row, log_p * reveal)
         z_s = z[:, :, None].repeat(1, 1, copies)  # (B, L, copies)
         z_s[where] = torch.where(reveal, tokens, mask_id)
         z = z_s.transpose(1, 2).flatten(0, 1)  # (B*G, L) from the first step on
@@ -261,12 +242,11 @@ def weight(t):
 
 def kl_to_teacher(log_p_student, log_p_teacher, kind):
     """KL (n,), nats, of rows (n, V): "forward" = KL(teacher || student), "reverse", "jeffreys"."""
-    if kind == "forward":
-        return (log_p_teacher.exp() * (log_p_teacher - log_p_student)).sum(-1)
+    if kind == "jeffreys":
+        return sum(kl_to_teacher(log_p_student, log_p_teacher, k) for k in KL_KINDS[:2]) / 2
     if kind == "reverse":
-        return kl_to_teacher(log_p_teacher, log_p_student, "forward")
-    both = (kl_to_teacher(log_p_student, log_p_teacher, k) for k in ("forward", "reverse"))
-    return sum(both) / 2
+        log_p_student, log_p_teacher = log_p_teacher, log_p_student
+    return (log_p_teacher.exp() * (log_p_teacher - log_p_student)).sum(-1)
 
 
 def entropy(log_p_x):
@@ -281,10 +261,8 @@ def policy_loss(log_prob, advantage, w, L):
 
 # ------------------------------------------------------- reward-guided ancestral sampler (RGAS)
 def tilted(z, where, log_p_x, discriminator, h):
-    """z_s (B, L): draws at `where`, n positions of z, from log_p_x (n, V) + h * d r(z_s)/d x_i.
-
-    Derived at p(x_i | z_t), the mean token: h = 1 is p_student * exp(r) to first order.
-    """
+    """z_s (B, L): draws at `where`, n positions of z, from log_p_x (n, V) + h * d r(z_s)/d x_i at
+    p(x_i | z_t), the mean token: h = 1 is p_student * exp(r) to first order."""
     probs = log_p_x.exp().detach().requires_grad_()
     shown = z.masked_fill(where, 0)  # which token stands at `where` does not matter
     with torch.enable_grad():
@@ -308,11 +286,8 @@ def reranked(z, where, log_p_x, discriminator, M):
 @torch.no_grad()
 def guided_sample(denoiser, discriminator, z, steps, mask_id, h=1.0, M=4, switch=0.5,
                   temperature=1.0):
-    """RGAS: tilt in the first `switch` share of the steps, re-rank in the rest.
-
-    z (B, L) -> x (B, L), nfe (B,), and calls (B,), the discriminator's passes: 1 (with backward) in
-    a step that tilts, M in one that re-ranks.
-    """
+    """RGAS: tilt in the first `switch` share of the steps, re-rank in the rest; z (B, L) -> x, nfe
+    (B,), and calls (B,), the discriminator's passes: 1 (with backward) to tilt, M to re-rank."""
     tilt = functools.partial(tilted, discriminator=discriminator, h=h)
     rerank = functools.partial(reranked, discriminator=discriminator, M=M)
     times, tilts = time_grid(steps), math.ceil(switch * steps)

@@ -18,9 +18,10 @@ from tqdm import tqdm
 import didi
 from data import corpus
 from data.command import (FROM_0, FROM_1, RATE, SHARE, WEIGHT, add_run_flags, agree, between,
-                          parse_run, progress, run_script, share_done, share_out, stop_requested)
+                          parse_run, progress, run_script, setup, share_done, share_out,
+                          stop_requested)
 from model import (RANK, Discriminator, average_gradients, load_checkpoint, restore,
-                   save_checkpoint, setup, update_ema)
+                   save_checkpoint, update_ema)
 
 PAPER = {"mask_share": 1.0, "groups": 32, "G": 4, "K": 2, "w": True, "pi": True, "smoothing": 0.1,
          "kl_kind": "forward", "kl": 0.1, "entropy": 0.01, "reference": "teacher", "eps": 1e-4,
@@ -116,9 +117,8 @@ def reward_levels(args, tau, pi):
 
 
 def compared_with(args, teacher, moving):
-    """The network that a rollout is compared with, or None where no regulariser has a weight; the
-    log then has kl 0 and entropy 0."""
-    if moving and args.kl + args.entropy > 0:
+    """The network that rollouts are compared with, or None (kl is 0) where that has no weight."""
+    if moving and args.kl > 0:
         return teacher
     return None
 

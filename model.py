@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils.checkpoint import checkpoint
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
 
@@ -29,7 +30,7 @@ class Config:
     framed: bool = False   # packed text whose every sequence begins and ends with that token
     mask_id = property(lambda self: self.vocab_size)
     pad_id = property(lambda self: self.vocab_size - 1 if self.pads else -1)  # -1: there is none
-    at_once = property(lambda self: max(1, 2 ** 29 // (self.length * self.vocab_size)))  # in 10 GB
+    at_once = property(lambda self: max(1, 2 ** 29 // (self.length * self.vocab_size)))  # in 8 GB
     row_length = property(lambda self: self.length if self.pads else 0)  # as of a data.corpus
 
 
@@ -103,6 +104,16 @@ class Denoiser(nn.Module):
         """Hidden states (.., D) -> raw logits (.., V): the widest matrix."""
         with torch.autocast(h.device.type, torch.bfloat16, enabled=self.bf16):
             return self.out(h)
+
+    def in_parts(self, function, *rows):
+        """function(*rows), tensors (n, ..) of tensors (n, ..), that makes tables (n, V): large ones
+        part by part, and again in backward instead of kept."""
+        most = max(1, 2 ** 25 // self.config.vocab_size)
+        if len(rows[0]) <= most:
+            return function(*rows)
+        parts = zip(*(of.split(most) for of in rows))
+        results = [checkpoint(function, *part, use_reentrant=False) for part in parts]
+        return [torch.cat(of) for of in zip(*results)]
 
     def forward(self, z, where=...):
         """Logits (B, L, V), or (n, V) at the n True positions of `where` (B, L), raw."""
@@ -192,25 +203,6 @@ def restore(nets, ckpt, path):
     if RANK == 0:  # .. other processes
         torch.set_rng_state(ckpt["rng"].cpu())
     return ckpt["step"], ckpt["seconds"]
-
-
-def setup(args):
-    """(device, bf16) for --device and --bf16; joins torchrun's processes; seeds. ValueError."""
-    # oneDNN keeps 1,024 kernels, one for each number of masks: 6 MB more in every update
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-    cpu, fast = torch.cpu.get_capabilities(), {}  # {device: is bfloat16 fast there?}, best first
-    if torch.cuda.is_available():
-        fast["cuda"] = torch.cuda.get_device_capability() >= (8, 0)
-    fast["cpu"] = bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
-    name = next(iter(fast)) if args.device == "auto" else args.device
-    if name not in fast:
-        raise ValueError(f"--device {name} is not available here: use auto or one of {[*fast]}")
-    if WORLD > 1:
-        if name == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
-    torch.manual_seed(args.seed)
-    return torch.device(name), fast[name] if args.bf16 is None else args.bf16
 
 
 def average_gradients(net):

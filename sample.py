@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 import didi
 from data import corpus
-from data.command import FROM_1, RATE, SHARE, WEIGHT, add_device_flags, run_script
-from model import Discriminator, load_checkpoint, restore, setup
+from data.command import FROM_1, RATE, SHARE, WEIGHT, add_device_flags, run_script, setup
+from model import Discriminator, load_checkpoint, restore
 
 
 def parse_flags(argv=None):

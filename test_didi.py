@@ -51,6 +51,7 @@ def lookup(table, row=index):
         denoiser.seen.append(z)
         return table[row(z)][where]
     denoiser.hidden, denoiser.head, denoiser.seen = denoiser, lambda logits: logits, []
+    denoiser.in_parts = lambda function, *rows: function(*rows)
     return denoiser
 
 

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 import didi
 from data import corpus
 from data.command import (FROM_0, FROM_1, RATE, SHARE, add_run_flags, agree, parse_run, progress,
-                          run_script, share_done, share_out, stop_requested)
+                          run_script, setup, share_done, share_out, stop_requested)
 from model import (RANK, Config, Denoiser, average_gradients, load_checkpoint, restore,
-                   save_checkpoint, setup, update_ema)
+                   save_checkpoint, update_ema)
 
 SIZED = ("n_layer", "n_head", "n_embd", "length", "batch", "updates", "lr", "warmup")
 SIZES = {"nano": (3, 4, 128, 128, 64, 1700, 8e-3, 100),            # minutes on two CPU cores
@@ -66,11 +66,11 @@ def settle(args, data):
     data.held_out(1, args.length)  # too little of it is said now, not at the first table
 
 
-def networks(args, config, lengths, device, bf16):
+def networks(args, config, data, device, bf16):
     """{"model", "ema", and two optimisers: "muon" of the blocks' matrices, "adamw" of the rest}."""
     model = Denoiser(config).to(device)
     model.bf16 = bf16
-    model.lengths.copy_(lengths)
+    model.lengths.copy_(data.length_shares(config.length))
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
     rest = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
     # Muon's steps are scaled to be as long as AdamW's: one learning rate serves both
@@ -155,8 +155,7 @@ def main(argv=None):
     device, bf16 = setup(args)
     config = Config(corpus.make_tokenizer(data.tokenizer).n_vocab, args.length, args.n_layer,
                     args.n_head, args.n_embd, args.causal, not data.packed, data.framed)
-    nets = networks(args, config, data.length_shares(args.length), device, bf16)
-    step, seconds = 0, 0.0
+    nets, step, seconds = networks(args, config, data, device, bf16), 0, 0.0
     if ckpt:
         step, seconds = restore(nets, ckpt, args.out)
     triton = device.type == "cuda" and importlib.util.find_spec("triton") is not None

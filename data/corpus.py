@@ -2,7 +2,7 @@
 
     train.bin, val.bin  token ids in llm.c's format: 256 little-endian int32 (magic, version, number
                         of tokens), then uint16; a large corpus goes on in train_001.bin, ..
-    meta.json           {"maker", "tokenizer", "length", "made_from"}, perhaps "framed"
+    meta.json           {"maker", "tokenizer", "length", "framed", "made_from"}
 
 length is that of every row, where rows are short texts padded with the end token, or 0 where the
 texts are packed: one after the other, a training sequence being any window; if framed is true, with
@@ -143,8 +143,7 @@ class Corpus:
         """n random training sequences (n, L), int64: rows, or windows of packed text."""
         stride = 1 if self.packed else self.length
         index = torch.randint(self.count(self.train, stride, L), (n,))
-        x = windows(self.train, index.numpy(), stride, L)
-        self.frame(x)
+        x = self.frame(windows(self.train, index.numpy(), stride, L))
         if torch.device(device).type == "cuda":
             x = x.pin_memory()
         return x.to(device, non_blocking=True)
@@ -236,8 +235,8 @@ def load(folder):
         raise ValueError(f"{folder!r} is no corpus of this project ({e}): make it again") from None
     kinds = type(corpus.length), type(corpus.framed)
     if corpus.maker not in MAKERS or kinds != (int, bool) or corpus.length < 0:
-        raise ValueError(f"{folder}/meta.json names an unknown maker or length: make it again, or "
-                         "add the maker to MAKERS in data/corpus.py")
+        raise ValueError(f"{folder}/meta.json names an unknown maker, length or frame: make it "
+                         "again, or add the maker to MAKERS in data/corpus.py")
     return corpus
 
 

@@ -16,11 +16,10 @@ import sys
 
 import distill
 from data import corpus
-from data.command import FROM_0, FROM_1, add_device_flags, run_script
+from data.command import FROM_0, FROM_1, add_device_flags, run_script, setup
 from experiments import common
 from experiments.evaluate import causal_judge
 from experiments.table import SHOWN
-from model import setup
 
 # As in the paper's table, in its setting (--paper): each row with all those before it. Rows that
 # differ in the sampler alone share a run.

@@ -8,9 +8,8 @@ import itertools
 import time
 
 from data import corpus
-from data.command import FROM_1, RATE, add_device_flags, run_script
+from data.command import FROM_1, RATE, add_device_flags, run_script, setup
 from experiments import common
-from model import setup
 from sample import printable
 
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 
 import didi
 from data import corpus
-from data.command import FROM_1, RATE, add_device_flags, run_script
-from model import load_checkpoint, rotate, setup
+from data.command import FROM_1, RATE, add_device_flags, run_script, setup
+from model import load_checkpoint, rotate
 
 
 def new_cache(model, B):

@@ -23,8 +23,8 @@ import distill
 import train_teacher
 from data import corpus
 from experiments import common
-from data.command import FROM_1, add_device_flags, run_script, share_out
-from model import Config, Denoiser, setup, update_ema
+from data.command import FROM_1, add_device_flags, run_script, setup, share_out
+from model import Config, Denoiser, update_ema
 
 # bfloat16, dense, FLOP/s, by the makers (SXM where there is one)
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12, "4090": 165e12}
@@ -107,7 +107,7 @@ def teacher_step(args, device, bf16):
     L, B = args.length, args.batch // args.accumulate
     config = Config(V, L, args.n_layer, args.n_head, args.n_embd, args.causal, not data.packed,
                     data.framed)
-    nets = train_teacher.networks(args, config, data.length_shares(L), device, bf16)
+    nets = train_teacher.networks(args, config, data, device, bf16)
     model = nets["model"]
     if args.compile or device.type == "cuda":
         model.trunk = torch.compile(model.trunk)

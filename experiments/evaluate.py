@@ -18,10 +18,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from data import corpus
-from data.command import FROM_1, SHARE, WEIGHT, add_device_flags, run_script
+from data.command import FROM_1, SHARE, WEIGHT, add_device_flags, run_script, setup
 from experiments import common
 from experiments.table import GOALS, at_entropy, steps_to_match
-from model import setup
 from train_teacher import causal_nll
 
 STEPS = {"teacher": (4, 8, 16, 32, 64, 256, 1024), "student": (4, 8, 16, 32),

@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 import didi
 import distill
-from data.command import FROM_1, RATE, SHARE, add_device_flags, progress, run_script, stop_requested
-from model import save_checkpoint, setup, update_ema
+from data.command import (FROM_1, RATE, SHARE, add_device_flags, progress, run_script, setup,
+                          stop_requested)
+from model import save_checkpoint, update_ema
 
 
 def parse_flags(argv=None):

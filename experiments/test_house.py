@@ -9,7 +9,7 @@ import pytest
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SOURCES = sorted(path for folder in ("", "data/", "experiments/") for path in
                  glob.glob(f"{folder}*.*", root_dir=HERE) if path.endswith((".py", ".md", ".sh")))
-BUDGETS = {"didi.py": 325, "distill.py": 220, "model.py": 227, "train_teacher.py": 171,
+BUDGETS = {"didi.py": 300, "distill.py": 220, "model.py": 220, "train_teacher.py": 170,
            "sample.py": 160, "test_didi.py": 800, "README.md": 170}
 LAYERS = {"test_": ("",), "didi": (), "model": (), "data.test_": ("",), "data.corpus": (),
           "data.command": (), "data.": ("data.",), "experiments": ("",),
@@ -43,7 +43,7 @@ def test_lines_functions_and_nesting_are_short(path):
 
 def test_the_five_scripts_to_read_are_short_and_blocks_are_counted_right():
     assert nesting(ast.parse("for i in x:\n if i: 0\n elif j:\n  with k: 0")) == 3
-    assert sum(len(read(path).splitlines()) for path in list(BUDGETS)[:5]) <= 1103
+    assert sum(len(read(path).splitlines()) for path in list(BUDGETS)[:5]) <= 1070
 
 
 @pytest.mark.parametrize("path", [path for path in SOURCES if path.endswith(".py")])

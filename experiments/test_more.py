@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+import types
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import didi
 import distill
 import model
 import train_teacher
-from data import corpus
+from data import command, corpus
 from experiments import ablate, animate, bench, sdtt
 from test_didi import check_law
 
@@ -44,6 +45,7 @@ def lookup(table):
             return table[index(z)]
         return table[index(z)][where]
     denoiser.hidden, denoiser.head, denoiser.seen = denoiser, lambda logits: logits, []
+    denoiser.in_parts = lambda function, *rows: function(*rows)
     return denoiser
 
 
@@ -160,6 +162,7 @@ def folder(trained, tmp_path, monkeypatch):
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
+
 # ----------------------------------------------------------------------------------------- rollouts
 def test_rollout_keeps_each_rows_own_levels():
     """The share of masks in each row's completions against its levels."""
@@ -171,24 +174,24 @@ def test_rollout_keeps_each_rows_own_levels():
         assert ((share - level).abs() < 5 * (0.25 / 10000) ** 0.5).all()
 
 
-@pytest.mark.parametrize("width", [2 ** 22, 2 ** 24])  # all rows at once, or two at a time
-def test_in_parts_draws_once_and_has_the_gradients_of_the_whole(width):
+@pytest.mark.parametrize("vocab_size", [2 ** 22, 2 ** 24])  # all rows at once, or two at a time
+def test_in_parts_draws_once_and_has_the_gradients_of_the_whole(vocab_size):
     """Draws within: backward's second computation must meet the same tokens."""
     h = torch.randn(7, V, requires_grad=True)
     compare = functools.partial(didi.draw_and_compare, student=lookup(None), teacher=None,
                                 kl_kind="reverse", num=2)
-    tokens, log_p, _ = didi.in_parts(compare, width, h)
+    net = types.SimpleNamespace(config=model.Config(vocab_size))
+    tokens, log_p, _ = model.Denoiser.in_parts(net, compare, h)
     torch.rand(5)  # others draw in between
     ours, = torch.autograd.grad(log_p.sum(), h)
     assert torch.allclose(ours, F.one_hot(tokens, V).sum(1) - 2 * h.softmax(-1), atol=1e-6)
-
 
 
 @pytest.mark.parametrize("K", [1, 2, 3])
 def test_coupled_time_masks_both_sides_at_the_rollouts_tau(folder, monkeypatch, K):
     """In 200 updates of 3 groups: the levels handed on, and the law of the masks they make."""
     args, _ = distill.parse_flags([*STUDENT, "--K", str(K), "--groups", "3"])
-    device, bf16 = model.setup(args)
+    device, bf16 = command.setup(args)
     teacher, data = distill.load_teacher(args, device, bf16)
     nets, forward_mask = distill.networks(args, teacher), didi.forward_mask
     calls, hidden, taus = [], [], []
