@@ -1,4 +1,4 @@
-"""model.py - the networks, and what the training scripts share: checkpoints, device, processes.
+"""model.py - the networks, and what the training scripts share: checkpoints, processes.
 
 The denoiser is a bidirectional transformer. It takes no time input: how many tokens are masked
 tells the noise level (arXiv 2409.02908). The method does not need this file: didi.py.
