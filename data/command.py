@@ -1,4 +1,4 @@
-"""command.py - what all commands share: types of flags, device, a log, stopping, errors in one line.
+"""command.py - what all commands share: flags, the device, a log, stopping, errors in one line.
 
 Nothing here is about the method, or about data: makers of corpora and training scripts both run so.
 """
