@@ -25,7 +25,7 @@ from model import (RANK, Discriminator, average_gradients, load_checkpoint, rest
 
 PAPER = {"mask_share": 1.0, "groups": 32, "G": 4, "K": 2, "w": True, "pi": True, "smoothing": 0.1,
          "kl_kind": "forward", "kl": 0.1, "entropy": 0.01, "reference": "teacher", "eps": 1e-4,
-         "lr": 1e-4}  # what the paper does, but for its learning rate: 1e-6, for 169 M parameters
+         "coupled": True}  # but for the learning rate: theirs is 1e-6, for 169 M parameters
 
 
 def parse_flags(argv=None):
@@ -40,7 +40,7 @@ def parse_flags(argv=None):
     add("--mask_share", type=SHARE, default=0.5, help="groups that begin all masked, not as data")
     # 2. and 3. noising and discriminator
     add("--reference", choices=("data", "teacher"), default="data", help="what has label 1")
-    add("--coupled", action=on_off, default=True, help="noise x at the rollout's tau; off: U(0, 1)")
+    add("--coupled", action=on_off, default=False, help="noise x at the rollout's tau, not U(0, 1)")
     add("--smoothing", type=between(0, 0.49), default=0.0, help="label e bounds the logit")
     add("--disc_blocks", type=FROM_0, default=3, help="last trunk blocks that train, at most all")
     add("--disc_lr", type=RATE, default=3e-4, help="its learning rate (1e-3 ruins the trunk)")
@@ -49,11 +49,11 @@ def parse_flags(argv=None):
     add("--group_norm", action=on_off, default=True, help="advantages; off: the bare reward")
     add("--eps", type=RATE, default=0.1, help="A = (r - mean)/(std + eps): even groups count less")
     add("--w", action=on_off, default=False, help="weight 1/t at the level t of the reward")
-    add("--pi", action=on_off, default=False, help="divide by tau's density given the level before")
-    add("--kl", type=WEIGHT, default=0.09, help="weight of the KL to the teacher, per masked token")
+    add("--pi", action=on_off, default=False, help="with --coupled: divide by tau's density")
+    add("--kl", type=WEIGHT, default=0.0, help="weight of the KL to the teacher, per masked token")
     add("--kl_kind", choices=didi.KL_KINDS, default="reverse", help="forward: teacher || student")
     add("--entropy", type=WEIGHT, default=0.0, help="weight of the entropy bonus, per masked token")
-    add("--lr", type=RATE, default=6e-4, help="student's learning rate; falls to a tenth")
+    add("--lr", type=RATE, default=1e-4, help="student's learning rate; falls to a tenth")
     add("--ema", type=SHARE, default=0.99, help="decay of the weight average that is sampled")
     add("--updates", type=FROM_1, default=300, help="updates of the student")
     add("--teacher", default="out/teacher.pt", help="checkpoint of train_teacher.py")
@@ -145,7 +145,7 @@ def update(args, nets, teacher, reference, groups, moving):
             compared = compared_with(args, teacher, moving)
             x, log_prob, (kl, entropy) = didi.rollout(student, z_t, levels, mask_id, G, compared,
                                                       args.kl_kind)  # (B, L), (B,), (2,)
-        # 2. coupled time: mask x again at the same tau, and as much of a reference
+        # 2. mask x again at a level of its own, or (coupled time) at tau, and a reference alike
         level, w = (of.repeat_interleave(G) for of in reward_levels(args, tau, pi))  # (B,) each
         z_student = didi.forward_mask(x, level, mask_id, pad_id)
         n = (groups + 1) // 2 * G  # half of the groups are enough to train the discriminator

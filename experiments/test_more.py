@@ -190,7 +190,7 @@ def test_in_parts_draws_once_and_has_the_gradients_of_the_whole(vocab_size):
 @pytest.mark.parametrize("K", [1, 2, 3])
 def test_coupled_time_masks_both_sides_at_the_rollouts_tau(folder, monkeypatch, K):
     """In 200 updates of 3 groups: the levels handed on, and the law of the masks they make."""
-    args, _ = distill.parse_flags([*STUDENT, "--K", str(K), "--groups", "3"])
+    args, _ = distill.parse_flags([*STUDENT, "--coupled", "--K", str(K), "--groups", "3"])
     device, bf16 = command.setup(args)
     teacher, data = distill.load_teacher(args, device, bf16)
     nets, forward_mask = distill.networks(args, teacher), didi.forward_mask
