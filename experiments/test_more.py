@@ -1,7 +1,9 @@
 """test_more.py - SDTT, the ablation, the benchmarks and the animation; 3 tokens, or tiny models."""
+import copy
 import functools
 import importlib.util
 import json
+import math
 import os
 import shutil
 import signal
@@ -349,3 +351,247 @@ def test_pictures_without_matplotlib_say_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ValueError, match="pip install matplotlib"):
         animate.main(["a.gif"])
+
+
+# ----------------------------------------------------------------- the loop of distill.py, by hand
+WAYS = ["--groups 3", "--groups 5 --G 3 --K 2 --w --pi --beta 2 3 --kl_kind forward --kl 2",
+        "--groups 3 --K 1 --no-group_norm --w --eps .01 --mask_share 1",
+        "--groups 4 --G 3 --no-coupled --w --pi --kl_kind jeffreys --eps .01",
+        "--groups 4 --accumulate 2 --pi"]
+PAD, HIDDEN = 256, 257  # of bytes
+
+
+def watch(monkeypatch, module, *names):
+    """{name: [(arguments, result) of each call]} of these functions of a module, from now on."""
+    calls = {name: [] for name in names}
+
+    def watched(name, real, *args):
+        calls[name].append((args, real(*args)))
+        return calls[name][-1][1]
+    for name in names:
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, functools.partial(watched, name, real))
+    return calls
+
+
+def begin(*flags):
+    """Flags, corpus, teacher, and networks whose student and discriminator have moved."""
+    argv = [*STUDENT, "--no-bf16", "--smoothing", ".1", "--entropy", ".3", *flags]
+    args, _ = distill.parse_flags(argv)
+    teacher, data = distill.load_teacher(args, *model.setup(args))
+    nets = distill.networks(args, teacher)
+    with torch.no_grad():
+        for p in [*nets["model"].parameters(), *nets["disc"].score.parameters()]:
+            p += 0.2 * torch.randn_like(p)
+    return args, data, teacher, nets
+
+
+def disc_by_hand(disc, z_ref, z, e):
+    """Its loss, and the rewards r_ref (n,) and r (B,), row by row, over the texts alone. The real
+    one was called for both halves, then for the rest, and iterates its spectral norms each time."""
+    n, loss = len(z_ref), 0
+    logits = [*disc(torch.cat((z_ref, z[:n]))), *disc(z[n:]).detach()]
+    texts = [logit[row != PAD] for row, logit in zip([*z_ref, *z], logits)]
+    for i, logit in enumerate(texts[:2 * n]):
+        label = [1 - e, e][i // n]
+        p = logit.sigmoid()
+        loss = loss - (label * p.log() + (1 - label) * (1 - p).log()).mean() / (2 * n)
+    r = torch.stack([logit.detach().mean() for logit in texts])
+    return loss, r[:n], r[n:]
+
+
+def student_by_hand(args, student, teacher, states, weights):
+    """Policy loss, KL and entropy, from the states (B, L) of a rollout; weights (B,)."""
+    log_prob, kl, entropy, x = 0, 0, 0, states[-1]
+    for before, after in zip(states[:-1], states[1:]):
+        log_p, log_q = (net(before).log_softmax(-1) for net in (student, teacher))
+        token = log_p.gather(2, after.clamp(max=PAD - 1)[..., None])[..., 0]
+        log_prob = log_prob + (token * ((before == HIDDEN) & (after != HIDDEN))).sum(1)
+        p, q = log_p[before == HIDDEN], log_q[before == HIDDEN]  # (n, V)
+        forward, reverse = (q.exp() * (q - p)).sum(1).mean(), (p.exp() * (p - q)).sum(1).mean()
+        kinds = {"forward": forward, "reverse": reverse, "jeffreys": (forward + reverse) / 2}
+        kl = kl + kinds[args.kl_kind] / args.K
+        entropy = entropy - (p.exp() * p).sum(1).mean() / args.K
+    return -(weights * log_prob).mean() * len(x) / (x != PAD).sum(), kl, entropy
+
+
+def weights_by_hand(args, r, level, pi):
+    """A * w (B,): the advantages of rewards r (B,) at these levels."""
+    A = r
+    if args.group_norm:
+        groups = [(g - g.mean()) / (g.var(correction=0).sqrt() + args.eps) for g in r.split(args.G)]
+        A = torch.cat(groups).clamp(-3, 3)
+    if args.w:
+        A = A * torch.tensor([min(max(1 / t, 0.1), 10) for t in level.tolist()])
+    if args.pi and args.coupled:
+        A = A / pi
+    return A
+
+
+def part_by_hand(args, nets, teacher, disc, drawn):
+    """Both losses of a part of an update, and the row it logs; asserts what was asked of `drawn`:
+    (arguments, result) of start_levels, draw_levels, rollout and three times forward_mask."""
+    (_, t), (asked, (grid, tau, pi)), (roll, (x, _, steps)), *noised = drawn
+    (start, z_t), (of, z), (of_ref, z_ref) = noised
+    groups, G, n = len(t), args.G, math.ceil(len(t) / 2) * args.G
+    assert asked[0] is t and asked[1:] == (args.K, *args.beta) and start[1] is t and of[0] is x
+    assert roll[0] is nets["model"] and roll[1] is z_t and roll[2] is grid and roll[4] == G
+    assert [call[2:] for call, _ in noised] == [(HIDDEN, PAD)] * 3
+    assert len(start[0]) == groups and len(of_ref[0]) == n and torch.equal(of_ref[1], of[1][:n])
+    tau, pi = (torch.stack([value[b // G] for b in range(groups * G)]) for value in (tau, pi))
+    level = of[1]
+    assert torch.equal(level, tau) == args.coupled and torch.equal(level[::G], level[G - 1::G])
+    disc_loss, r_ref, r = disc_by_hand(disc, z_ref, z, args.smoothing)
+    states = [z_t.repeat_interleave(G, 0), *(step[0] for step in steps[1:]), x]
+    terms = student_by_hand(args, nets["model"], teacher, states,
+                            weights_by_hand(args, r, level, pi))
+    right = (r_ref > 0).float().mean() / 2 + (r < 0).float().mean() / 2
+    row = {"disc_loss": disc_loss, "disc_acc": right, "r_ref": r_ref.mean(), "r_student": r.mean(),
+           "spread": r.view(groups, G).var(1, correction=0).sqrt().mean()}
+    student_loss = terms[0] + args.kl * terms[1] - args.entropy * terms[2]
+    return disc_loss, student_loss, row | dict(zip(("policy", "kl", "entropy"), terms))
+
+
+@pytest.mark.parametrize("moving", [True, False])
+@pytest.mark.parametrize("flags", WAYS)
+def test_an_update_is_the_algorithm_by_hand(folder, monkeypatch, flags, moving):
+    """What update() asks of didi's functions, the gradients it leaves and the row it logs."""
+    args, data, teacher, nets = begin(*flags.split())
+    disc, found, references = copy.deepcopy(nets["disc"]), {}, []
+    calls = watch(monkeypatch, didi, "draw_levels", "rollout", "forward_mask")
+    calls |= watch(monkeypatch, distill, "start_levels")
+
+    def descend(net, optimizer):
+        found[optimizer] = [p.grad.clone() for p in net.parameters() if p.grad is not None]
+        net.zero_grad()
+        return 7.0
+
+    def reference(n):
+        references.append(data.batch(n, 24))
+        return references[-1]
+    monkeypatch.setattr(distill, "descend", descend)
+    row = distill.update(args, nets, teacher, reference, args.groups // args.accumulate, moving)
+    starts, levels, rollouts = (calls[name] for name in ("start_levels", "draw_levels", "rollout"))
+    noised = calls["forward_mask"]
+    given = [id(call[0]) for i, (call, _) in enumerate(noised) if i % 3 != 1]
+    assert given == list(map(id, references))  # z_t and z_ref are of the reference, one each
+    assert len(starts) == args.accumulate and len(noised) == 3 * args.accumulate
+    for i, drawn in enumerate(zip(starts, levels, rollouts)):
+        losses = part_by_hand(args, nets, teacher, disc, [*drawn, *noised[3 * i:3 * i + 3]])
+        (losses[0] / args.accumulate).backward()
+        if moving:
+            (losses[1] / args.accumulate).backward()
+    hand = losses[2] | {"disc_norm": 7.0, "norm": 7.0 * moving}
+    for name in ("policy", "kl", "entropy"):
+        assert moving or hand.pop(name) is not None
+    numbers = {name: torch.as_tensor(value).item() for name, value in hand.items()}
+    assert row == pytest.approx(numbers, rel=1e-3, abs=1e-5)
+    expected = {nets["disc_opt"]: disc, nets["opt"]: nets["model"]}
+    assert list(found) == list(expected)[:1 + moving]
+    for optimizer, slopes in found.items():
+        ours = [p.grad for p in expected[optimizer].parameters() if p.grad is not None]
+        a, b = (torch.cat([slope.flatten() for slope in each]) for each in (slopes, ours))
+        assert len(ours) > 5 and (a - b).norm() < 1e-3 * b.norm()
+
+
+def test_a_step_clips_to_norm_1_and_leaves_no_gradient(monkeypatch):
+    """By hand, of gradients longer and shorter than 1, averaged first; with the step's own rate."""
+    net, averaged = torch.nn.Linear(2, 1, bias=False), []
+    optimizer, weights = torch.optim.SGD(net.parameters(), 0.5), net.weight.detach().clone()
+
+    def average(net):
+        averaged.append(net.weight.grad.clone())
+        net.weight.grad /= 2
+    monkeypatch.setattr(distill, "average_gradients", average)
+    for slope, norm in (([6.0, 8.0], 5.0), ([0.6, 0.0], 0.3)):
+        net.weight.grad = torch.tensor([slope])
+        assert distill.descend(net, optimizer) == pytest.approx(norm)
+        weights -= 0.5 * torch.tensor([slope]) / 2 / max(norm, 1)
+        assert torch.allclose(net.weight, weights) and not net.zero_grad() and len(averaged) == 1
+        assert averaged.pop().tolist() == [pytest.approx(slope)]
+
+
+def test_start_levels_are_all_masks_or_uniform_from_a_fifth():
+    args, n = distill.parse_flags(["--mask_share", ".3"])[0], 40000
+    t = distill.start_levels(args, n, "cpu")
+    whole = t == 1
+    assert abs(whole.float().mean() - 0.3) < 5 * (0.21 / n) ** 0.5
+    assert t.min() >= 0.2 and abs(t[~whole].min() - 0.2) < 1e-3
+    check_law(((t[~whole] - 0.2) * 12.5).long().clamp(max=9), torch.full((10,), 0.1))
+
+
+def test_uncoupled_levels_are_uniform():
+    args = distill.parse_flags(["--no-coupled", "--w", "--pi"])[0]
+    t, w = distill.reward_levels(args, torch.full((40000,), 0.5), torch.full((40000,), 9.0))
+    check_law((t * 10).long(), torch.full((10,), 0.1))
+    assert torch.allclose(w, 1 / t.clamp(0.1, 10))
+
+
+def test_networks_are_copies_and_their_optimisers_adam_without_decay(folder):
+    """No weight in common; moments after one step by hand; a weight without gradient stays."""
+    args, _, teacher, _ = begin("--disc_blocks", "0")
+    nets = distill.networks(args, teacher)
+    of = [teacher, nets["model"], nets["ema"], nets["disc"]]
+    weights = [p.data_ptr() for net in of for p in net.parameters()]
+    assert len(weights) == len(set(weights))
+    assert not any(p.requires_grad for net in (teacher, nets["ema"]) for p in net.parameters())
+    for net, optimizer in (("model", "opt"), ("disc", "disc_opt")):
+        p, q = [p for p in nets[net].parameters() if p.requires_grad][:2]
+        p.grad, q.grad = torch.full_like(p, 3.0), torch.zeros_like(q)
+        before = q.detach().clone()
+        nets[optimizer].step()
+        state = nets[optimizer].state[p]
+        assert torch.allclose(state["exp_avg"], 0.1 * p.grad)
+        assert torch.allclose(state["exp_avg_sq"], 0.01 * p.grad ** 2) and torch.equal(q, before)
+
+
+def test_the_loop_warms_up_falls_to_a_tenth_and_averages(folder, monkeypatch):
+    """Rates, what moves, the average and when it is looked at; resumed with more updates."""
+    seen, tables, argv = [], [], [*STUDENT, "--lr", "1e-3", "--disc_lr", "2e-4", "--ema", ".75"]
+    argv += ["--disc_warmup", "3", "--eval_every", "2"]
+
+    def update(args, nets, teacher, reference, groups, moving):
+        rates = [nets[name].param_groups[0]["lr"] for name in ("opt", "disc_opt")]
+        seen.append((moving, *rates))
+        nets["model"].norm.bias.data.fill_(len(seen) ** 2)
+        return {"loss": 0.0}
+
+    def measures(data, net, sample, each):
+        tables.append((len(seen), net.norm.bias[0].item()))
+        return {}
+    monkeypatch.setattr(distill, "update", update)
+    monkeypatch.setattr(corpus.Corpus, "measures", measures)
+    assert not distill.main([*argv, "--updates", "5"])
+    assert not distill.main([*argv, "--updates", "6", "--resume"])
+    shares = [0, 0, 0, 0, 1 / 5, 2 / 5, 3 / 5, 4 / 5, 5 / 6]
+    assert [moving for moving, *_ in seen] == [False] * 3 + [True] * 6
+    assert [lr for _, lr, _ in seen] == pytest.approx([1e-3 * (1 - 0.9 * share) for share in shares])
+    assert [lr for *_, lr in seen] == [2e-4] * 9
+    average, hand = model.load_checkpoint("out/teacher.pt", ("teacher",))[1].norm.bias[0].item(), []
+    for number in range(4, 10):
+        average = 0.75 * average + 0.25 * number ** 2
+        hand.append((number, pytest.approx(average, rel=1e-5)))
+    assert tables == [hand[i] for i in (1, 3, 4, 5)]  # after updates 2, 4, the last, and the last
+
+
+# ------------------------------------------------------------------------ corners of didi's numbers
+def test_a_large_draw_is_made_in_parts_of_a_gibibyte():
+    """Of rows that say they are wide, and are certain of one token each."""
+    certain, sizes = torch.eye(5).log(), []
+
+    class Wide:
+        shape = (5, 2 ** 26)  # two of them are 1 GiB of float64
+
+        def __len__(self):
+            return 5
+
+        def split(self, rows):
+            sizes.append(rows)
+            return certain.split(rows)
+    assert didi.draw(Wide(), 3).tolist() == [[i] * 3 for i in range(5)] and sizes == [2]
+
+
+def test_no_level_is_nearly_the_one_before_or_nearly_nothing():
+    levels, tau, _ = didi.draw_levels(torch.full((4000,), 0.5), 3, 0.2, 0.2)
+    for share in (levels[1] / levels[0], tau / levels[1]):
+        assert share.min() == pytest.approx(0.02) and share.max() == pytest.approx(0.98)
