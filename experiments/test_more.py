@@ -476,6 +476,7 @@ def test_an_update_is_the_algorithm_by_hand(folder, monkeypatch, flags, moving):
     given = [id(call[0]) for i, (call, _) in enumerate(noised) if i % 3 != 1]
     assert given == list(map(id, references))  # z_t and z_ref are of the reference, one each
     assert len(starts) == args.accumulate and len(noised) == 3 * args.accumulate
+    assert all(log_prob.requires_grad == moving for _, (_, log_prob, _) in rollouts)
     for i, drawn in enumerate(zip(starts, levels, rollouts)):
         losses = part_by_hand(args, nets, teacher, disc, [*drawn, *noised[3 * i:3 * i + 3]])
         (losses[0] / args.accumulate).backward()
@@ -563,9 +564,9 @@ def test_the_loop_warms_up_falls_to_a_tenth_and_averages(folder, monkeypatch):
     monkeypatch.setattr(corpus.Corpus, "measures", measures)
     assert not distill.main([*argv, "--updates", "5"])
     assert not distill.main([*argv, "--updates", "6", "--resume"])
-    shares = [0, 0, 0, 0, 1 / 5, 2 / 5, 3 / 5, 4 / 5, 5 / 6]
+    rates = [1e-3 * (1 - 0.9 * share) for share in (0, 0, 0, 0, .2, .4, .6, .8, 5 / 6)]
     assert [moving for moving, *_ in seen] == [False] * 3 + [True] * 6
-    assert [lr for _, lr, _ in seen] == pytest.approx([1e-3 * (1 - 0.9 * share) for share in shares])
+    assert [lr for _, lr, _ in seen] == pytest.approx(rates)
     assert [lr for *_, lr in seen] == [2e-4] * 9
     average, hand = model.load_checkpoint("out/teacher.pt", ("teacher",))[1].norm.bias[0].item(), []
     for number in range(4, 10):
@@ -574,7 +575,84 @@ def test_the_loop_warms_up_falls_to_a_tenth_and_averages(folder, monkeypatch):
     assert tables == [hand[i] for i in (1, 3, 4, 5)]  # after updates 2, 4, the last, and the last
 
 
+def test_regularisers_of_states_without_masks_are_nothing():
+    """One step of two has none: half of the other's mean, and no NaN in value or slope."""
+    table, teacher = torch.randn(16, L, V, requires_grad=True), torch.randn(16, L, V)
+    steps = []
+    for z in (masks(3), torch.zeros(3, L, dtype=torch.long)):
+        steps.append((z, z == MASK, didi.predict(lookup(table), z, z == MASK)))
+    kl, entropy = distill.regularisers(lookup(teacher), steps, "reverse")
+    p, q = table[-1].softmax(-1), teacher[-1].softmax(-1)
+    assert torch.isclose(kl, (p * (p / q).log()).sum(-1).mean() / 2)
+    assert torch.isclose(entropy, -(p * p.log()).sum(-1).mean() / 2)
+    assert torch.autograd.grad(kl + entropy, table)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("script, argv", [(train_teacher, TEACHER), (distill, STUDENT)])
+def test_no_two_processes_have_the_same_random_numbers(folder, monkeypatch, script, argv):
+    """Seeds of the second and the third, begun and resumed, and the seed of the first."""
+    seeds = watch(monkeypatch, torch, "manual_seed")["manual_seed"]
+    assert not script.main([*argv, "--seed", "5", "--out", "a.pt"])
+    seeds.clear()
+    for rank in (1, 2):
+        monkeypatch.setattr(script, "RANK", rank)
+        assert not script.main([*argv, "--seed", "5", "--out", "b.pt"])
+        assert not script.main(["--updates", "3", "--out", "a.pt", "--resume"])
+    used = {call[0][0] for call in seeds} - {5, 1234, 4321}  # of all, of validation, of tables
+    assert len(used) == 4
+
+
 # ------------------------------------------------------------------------ corners of didi's numbers
+@pytest.mark.parametrize("K", [1, 2, 3])
+def test_levels_are_beta_of_a_and_b_in_this_order(K):
+    """Mean a/(a + b) of each level's share, and pi; most is kept with a = 5, b = 2."""
+    levels, tau, pi = didi.draw_levels(torch.full((20000,), 0.6), K, 5.0, 2.0)
+    above = levels[max(K - 2, 0)]
+    assert abs((tau / above).mean() - 5 / 7) < 5 * (5 * 2 / 49 / 8 / 20000) ** 0.5
+    density = torch.distributions.Beta(5.0, 2.0).log_prob(tau / above).exp() / above
+    assert torch.allclose(pi, density, rtol=1e-3)
+
+
+def test_a_reward_is_clipped_after_the_mean_over_positions():
+    logits, every = torch.tensor([[14.0, 0.0], [50.0, 0.0]]), torch.ones(2, 2).bool()
+    assert didi.reward(logits, every).tolist() == [7.0, 8.0]
+
+
+class Likes:
+    """A discriminator that rates the share of zeros in z (B, L); asked(z, soft) hears of it."""
+
+    def __init__(self, scale, asked):
+        self.scale, self.asked = scale, asked
+
+    def __call__(self, z, where=None, probs=None):
+        self.asked(z, where is not None)
+        zeros = self.scale * (z == 0).float()
+        if where is not None:
+            zeros[where] = self.scale * probs[:, 0]
+        return zeros
+
+    def enters(self, z):
+        return torch.ones_like(z, dtype=torch.bool)
+
+
+def test_reranking_sees_rewards_beyond_the_clip_of_training():
+    """Of 20 candidates the best, 30 nats above the next, not any that is above 8."""
+    def denoiser(z, where):
+        return torch.zeros(int(where.sum()), V)
+    how = {"M": 20, "switch": 0.0}
+    x, _, _ = didi.guided_sample(denoiser, Likes(60, lambda *_: 0), masks(200), 1, MASK, **how)
+    chance = 1 - (1 - 1 / 9) ** 20  # that (0, 0) is among them: else one of (0, _), (_, 0)
+    share = (x == 0).all(1).float().mean()
+    assert abs(share - chance) < 5 * (chance * (1 - chance) / 200) ** 0.5
+
+
+def test_guidance_tilts_first_and_reranks_then():
+    plan = []
+    guide = Likes(1, lambda z, soft: plan.append((soft, len(z))))
+    didi.guided_sample(lookup(torch.zeros(16, L, V)), guide, masks(500), 4, MASK, M=3, switch=0.3)
+    assert [soft for soft, _ in plan] == [True, True, False, False]
+
+
 def test_a_large_draw_is_made_in_parts_of_a_gibibyte():
     """Of rows that say they are wide, and are certain of one token each."""
     certain, sizes = torch.eye(5).log(), []
