@@ -357,7 +357,7 @@ def test_pictures_without_matplotlib_say_what_to_install(monkeypatch):
 WAYS = ["--groups 3", "--groups 5 --G 3 --K 2 --w --pi --beta 2 3 --kl_kind forward --kl 2",
         "--groups 3 --K 1 --no-group_norm --w --eps .01 --mask_share 1",
         "--groups 4 --G 3 --no-coupled --w --pi --kl_kind jeffreys --eps .01",
-        "--groups 4 --accumulate 2 --pi"]
+        "--groups 4 --accumulate 2 --pi --kl 0"]
 PAD, HIDDEN = 256, 257  # of bytes
 
 
@@ -376,9 +376,9 @@ def watch(monkeypatch, module, *names):
 
 def begin(*flags):
     """Flags, corpus, teacher, and networks whose student and discriminator have moved."""
-    argv = [*STUDENT, "--no-bf16", "--smoothing", ".1", "--entropy", ".3", *flags]
-    args, _ = distill.parse_flags(argv)
-    teacher, data = distill.load_teacher(args, *model.setup(args))
+    fixed = "--no-bf16 --smoothing .1 --entropy .3 --coupled --kl .1".split()
+    args, _ = distill.parse_flags([*STUDENT, *fixed, *flags])
+    teacher, data = distill.load_teacher(args, *command.setup(args))
     nets = distill.networks(args, teacher)
     with torch.no_grad():
         for p in [*nets["model"].parameters(), *nets["disc"].score.parameters()]:
@@ -410,7 +410,7 @@ def student_by_hand(args, student, teacher, states, weights):
         p, q = log_p[before == HIDDEN], log_q[before == HIDDEN]  # (n, V)
         forward, reverse = (q.exp() * (q - p)).sum(1).mean(), (p.exp() * (p - q)).sum(1).mean()
         kinds = {"forward": forward, "reverse": reverse, "jeffreys": (forward + reverse) / 2}
-        kl = kl + kinds[args.kl_kind] / args.K
+        kl = kl + kinds[args.kl_kind] / args.K * (args.kl > 0)  # that of weight 0 is not computed
         entropy = entropy - (p.exp() * p).sum(1).mean() / args.K
     return -(weights * log_prob).mean() * len(x) / (x != PAD).sum(), kl, entropy
 
@@ -430,8 +430,9 @@ def weights_by_hand(args, r, level, pi):
 
 def part_by_hand(args, nets, teacher, disc, drawn):
     """Both losses of a part of an update, and the row it logs; asserts what was asked of `drawn`:
-    (arguments, result) of start_levels, draw_levels, rollout and three times forward_mask."""
-    (_, t), (asked, (grid, tau, pi)), (roll, (x, _, steps)), *noised = drawn
+    (arguments, result) of start_levels, draw_levels, rollout, then of all that the student was
+    shown in it, (B, L) each, and three times of forward_mask."""
+    (_, t), (asked, (grid, tau, pi)), (roll, (x, _, _)), shown, *noised = drawn
     (start, z_t), (of, z), (of_ref, z_ref) = noised
     groups, G, n = len(t), args.G, math.ceil(len(t) / 2) * args.G
     assert asked[0] is t and asked[1:] == (args.K, *args.beta) and start[1] is t and of[0] is x
@@ -442,7 +443,8 @@ def part_by_hand(args, nets, teacher, disc, drawn):
     level = of[1]
     assert torch.equal(level, tau) == args.coupled and torch.equal(level[::G], level[G - 1::G])
     disc_loss, r_ref, r = disc_by_hand(disc, z_ref, z, args.smoothing)
-    states = [z_t.repeat_interleave(G, 0), *(step[0] for step in steps[1:]), x]
+    assert shown[0] is z_t and len(shown) == args.K
+    states = [z_t.repeat_interleave(G, 0), *shown[1:], x]
     terms = student_by_hand(args, nets["model"], teacher, states,
                             weights_by_hand(args, r, level, pi))
     right = (r_ref > 0).float().mean() / 2 + (r < 0).float().mean() / 2
@@ -460,6 +462,7 @@ def test_an_update_is_the_algorithm_by_hand(folder, monkeypatch, flags, moving):
     disc, found, references = copy.deepcopy(nets["disc"]), {}, []
     calls = watch(monkeypatch, didi, "draw_levels", "rollout", "forward_mask")
     calls |= watch(monkeypatch, distill, "start_levels")
+    calls |= watch(monkeypatch, nets["model"], "hidden")
 
     def descend(net, optimizer):
         found[optimizer] = [p.grad.clone() for p in net.parameters() if p.grad is not None]
@@ -472,12 +475,13 @@ def test_an_update_is_the_algorithm_by_hand(folder, monkeypatch, flags, moving):
     monkeypatch.setattr(distill, "descend", descend)
     row = distill.update(args, nets, teacher, reference, args.groups // args.accumulate, moving)
     starts, levels, rollouts = (calls[name] for name in ("start_levels", "draw_levels", "rollout"))
-    noised = calls["forward_mask"]
+    noised, shown = calls["forward_mask"], [z for (z, _), _ in calls["hidden"]]
     given = [id(call[0]) for i, (call, _) in enumerate(noised) if i % 3 != 1]
     assert given == list(map(id, references))  # z_t and z_ref are of the reference, one each
     assert len(starts) == args.accumulate and len(noised) == 3 * args.accumulate
     assert all(log_prob.requires_grad == moving for _, (_, log_prob, _) in rollouts)
     for i, drawn in enumerate(zip(starts, levels, rollouts)):
+        drawn += (shown[args.K * i:args.K * (i + 1)],)
         losses = part_by_hand(args, nets, teacher, disc, [*drawn, *noised[3 * i:3 * i + 3]])
         (losses[0] / args.accumulate).backward()
         if moving:
@@ -576,16 +580,17 @@ def test_the_loop_warms_up_falls_to_a_tenth_and_averages(folder, monkeypatch):
 
 
 def test_regularisers_of_states_without_masks_are_nothing():
-    """One step of two has none: half of the other's mean, and no NaN in value or slope."""
+    """Every mask falls in the first of two steps: half of its mean, no NaN in value or slope."""
     table, teacher = torch.randn(16, L, V, requires_grad=True), torch.randn(16, L, V)
-    steps = []
-    for z in (masks(3), torch.zeros(3, L, dtype=torch.long)):
-        steps.append((z, z == MASK, didi.predict(lookup(table), z, z == MASK)))
-    kl, entropy = distill.regularisers(lookup(teacher), steps, "reverse")
+    levels = torch.tensor([1.0, 0.0, 0.0])[:, None].expand(-1, 3)
+    kinds = {"forward": lambda p, q: q * (q / p).log(), "reverse": lambda p, q: p * (p / q).log()}
     p, q = table[-1].softmax(-1), teacher[-1].softmax(-1)
-    assert torch.isclose(kl, (p * (p / q).log()).sum(-1).mean() / 2)
-    assert torch.isclose(entropy, -(p * p.log()).sum(-1).mean() / 2)
-    assert torch.autograd.grad(kl + entropy, table)[0].isfinite().all()
+    for kind, f in kinds.items():
+        _, _, (kl, entropy) = didi.rollout(lookup(table), masks(3), levels, MASK, 2,
+                                           lookup(teacher), kind)
+        assert torch.isclose(kl, f(p, q).sum(-1).mean() / 2)
+        assert torch.isclose(entropy, -(p * p.log()).sum(-1).mean() / 2)
+        assert torch.autograd.grad(kl + entropy, table)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("script, argv", [(train_teacher, TEACHER), (distill, STUDENT)])
