@@ -16,10 +16,10 @@ import torch
 from tqdm import tqdm
 
 import didi
-from data import corpus
-from data.command import (FROM_0, FROM_1, RATE, SHARE, WEIGHT, add_run_flags, agree, between,
-                          parse_run, progress, run_script, setup, share_done, share_out,
-                          stop_requested)
+from data import corpus, files
+from data.command import (FROM_0, FROM_1, RATE, SHARE, SIZE, WEIGHT, add_run_flags, agree, between,
+                          check_memory, make_parser, parse_run, progress, run_script, setup,
+                          share_done, share_out, stop_requested)
 from model import (RANK, Discriminator, average_gradients, load_checkpoint, restore,
                    save_checkpoint, update_ema)
 
@@ -29,13 +29,13 @@ PAPER = {"mask_share": 1.0, "groups": 32, "G": 4, "K": 2, "w": True, "pi": True,
 
 
 def parse_flags(argv=None):
-    p = argparse.ArgumentParser(description="Distil the teacher into a few-step student.")
-    add, on_off = p.add_argument, argparse.BooleanOptionalAction
+    p, add = make_parser("Distil the teacher into a few-step student.")
+    on_off = argparse.BooleanOptionalAction
     add("--paper", action="store_true", help="the paper's objective; flags given still win over it")
     # 1. rollout
-    add("--groups", type=FROM_1, default=16, help="groups per update")
-    add("--G", type=between(2, 10 ** 9, int), default=8, help="samples per group")
-    add("--K", type=FROM_1, default=3, help="steps of a rollout; 1: no intermediate-state matching")
+    add("--groups", type=SIZE, default=16, help="groups per update")
+    add("--G", type=between(2, 2 ** 20, int), default=8, help="samples per group")
+    add("--K", type=SIZE, default=3, help="steps of a rollout; 1: no intermediate-state matching")
     add("--beta", type=RATE, nargs=2, default=(1.0, 1.0), help="a, b of next/last level ~ Beta")
     add("--mask_share", type=SHARE, default=0.5, help="groups that begin all masked, not as data")
     # 2. and 3. noising and discriminator
@@ -205,10 +205,12 @@ def main(argv=None):
     args, ckpt = parse_flags(argv)
     device, bf16 = setup(args)
     teacher, data = load_teacher(args, device, bf16)
+    files.check_output(args.out, args.data, args.teacher)
+    rows, token = share_out("groups", args) * args.G, 8 * teacher.config.n_embd  # bytes
+    check_memory(teacher.config, device, 7, rows, token, "--groups")
     reference = make_reference(args, data, teacher)
-    nets, step, seconds = networks(args, teacher), 0, 0.0
-    if ckpt:
-        step, seconds = restore(nets, ckpt, args.out)
+    nets = networks(args, teacher)
+    step, seconds = restore(nets, ckpt, args.out)
     about = {"kind": "student", "config": asdict(teacher.config), "tokenizer": data.tokenizer,
              "flags": vars(args)}
     return train(args, nets, teacher, reference, data, about, step, seconds)

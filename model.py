@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint
 
+from data import files
+
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
 
 
@@ -80,7 +82,7 @@ class Denoiser(nn.Module):
         angle = torch.outer(torch.arange(L), 1e4 ** (-torch.arange(half) / half))
         self.register_buffer("cos", angle.cos(), persistent=False)  # (L, D/H/2)
         self.register_buffer("sin", angle.sin(), persistent=False)
-        self.register_buffer("lengths", F.one_hot(torch.tensor(L)).float())
+        self.register_buffer("lengths", F.one_hot(torch.tensor(L), L + 1).float())
         std = 0.57 / D ** 0.5  # .05 at D = 128: sooner off the unigram plateau; .02 at D = 768
         for name, p in self.named_parameters():
             if name.endswith(("proj.weight", "down.weight")):  # what is added to the residual
@@ -164,26 +166,19 @@ def save_checkpoint(path, nets, **parts):
         if isinstance(net, nn.Module) and not all(p.isfinite().all() for p in net.parameters()):
             raise FloatingPointError(f"a weight is not finite: {path} stays as it was, lower --lr")
     states = {name: net.state_dict() for name, net in nets.items()}
-    try:
-        torch.save({"rng": torch.get_rng_state(), **states, **parts}, f"{path}.partial")
-    except RuntimeError as e:  # of torch's writer, where a disk is full
-        raise OSError(f"{path} stays as it was, it cannot be written: {e}") from None
-    os.replace(f"{path}.partial", path)
+    with files.whole_file(path, "wb") as f:
+        torch.save({"rng": torch.get_rng_state(), **states, **parts}, f)
 
 
 def load_checkpoint(path, kinds, device="cpu", bf16=False):
     """(checkpoint, its averaged Denoiser, frozen); executes no code from the file. It is one of the
     kinds: "teacher", "causal", "student". Raises ValueError that says what to do."""
     maker = "distill.py" if "student" in kinds else "train_teacher.py"
-    try:
-        ckpt = torch.load(path, map_location=device, weights_only=True)
-        found, net = ckpt["kind"], Denoiser(Config(**ckpt["config"])).to(device)
-        net.load_state_dict(ckpt["ema"])
-    except Exception as e:  # a foreign file can fail in any way: OSError, EOFError, KeyError ..
-        raise ValueError(f"{path} is missing, damaged, of another version or no checkpoint "
-                         f"({type(e).__name__}): make it again with `python {maker}`") from None
-    if found not in kinds:
-        raise ValueError(f"{path} holds a {found}, but a {kinds[0]} is needed here")
+    ckpt = files.read_checkpoint(path, device, lambda c: Denoiser(Config(**c)), maker)
+    if ckpt["kind"] not in kinds:
+        raise ValueError(f"{path} holds a {ckpt['kind']:.20}, but a {kinds[0]} is needed here")
+    net = Denoiser(Config(**ckpt["config"])).to(device)
+    net.load_state_dict(ckpt["ema"])
     net.bf16 = bf16
     return ckpt, net.eval().requires_grad_(False)
 
@@ -191,14 +186,11 @@ def load_checkpoint(path, kinds, device="cpu", bf16=False):
 def restore(nets, ckpt, path):
     """Load nets, {name: module or optimiser}, and the random numbers. Returns (step, seconds).
 
-    Raises ValueError if they are of another shape.
+    Without a checkpoint nothing, and (0, 0.0). Raises ValueError if they are of another shape.
     """
-    try:
-        for name, net in nets.items():
-            net.load_state_dict(ckpt[name])
-    except (KeyError, RuntimeError, ValueError):
-        raise ValueError(f"{path}: its {name!r} does not fit: resume with its own flags, or make "
-                         "it again") from None
+    if ckpt is None:
+        return 0, 0.0
+    files.fill(nets, ckpt, path)
     torch.cuda.manual_seed(ckpt["step"])  # GPUs begin new random numbers, and so do ..
     if RANK == 0:  # .. other processes
         torch.set_rng_state(ckpt["rng"].cpu())

@@ -8,8 +8,6 @@
 A masked-diffusion model is conditioned by not masking what is given, wherever it stands. Left out
 on purpose: top-k and top-p (they lower the entropy, as --temperature does).
 """
-import argparse
-import os
 import shutil
 import sys
 import time
@@ -18,26 +16,26 @@ import torch
 from tqdm import tqdm
 
 import didi
-from data import corpus
-from data.command import FROM_1, RATE, SHARE, WEIGHT, add_device_flags, run_script, setup
+from data import corpus, files
+from data.command import (FROM_1, RATE, SHARE, SIZE, WEIGHT, add_device_flags, check_memory,
+                          make_parser, printable, run_script, setup)
 from model import Discriminator, load_checkpoint, restore
 
 
 def parse_flags(argv=None):
-    p = argparse.ArgumentParser(description="Sample from the student or the teacher.")
-    add = p.add_argument
+    p, add = make_parser("Sample from the student or the teacher.")
     add("--model", default="out/student.pt", help="checkpoint of distill.py or train_teacher.py")
-    add("--steps", type=FROM_1, default=8, help="N, the most denoiser calls that a sequence takes")
-    add("--num", type=FROM_1, default=16, help="samples")
+    add("--steps", type=SIZE, default=8, help="N, the most denoiser calls that a sequence takes")
+    add("--num", type=SIZE, default=16, help="samples")
     add("--temperature", type=RATE, default=1.0, help="divides the logits; 1 = the model's law")
-    add("--prompt", default="", help="a fixed beginning; the rest is written")
-    add("--infill", help="fixed text with gaps, the whole of it; packed text goes on behind it")
-    add("--gap", default="?", help="the character of --infill that stands for one unknown")
+    add("--prompt", type=str, default="", help="a fixed beginning; the rest is written")
+    add("--infill", type=str, help="fixed text with gaps, all of it; packed text goes on after it")
+    add("--gap", type=str, default="?", help="what stands in --infill for one unknown token")
     add("--length", type=FROM_1, help="texts of so many tokens [as long as training texts are]")
     add("--watch", action="store_true", help="show every step; best with --num 1 to 10")
     add("--sampler", choices=("ancestral", "rgas"), default="ancestral", help="rgas: guided")
     add("--guidance", type=WEIGHT, default=1.0, help="h, weight of the reward's gradient in rgas")
-    add("--candidates", type=FROM_1, default=4, help="M, next states to choose from in rgas")
+    add("--candidates", type=SIZE, default=4, help="M, next states to choose from in rgas")
     add("--switch", type=SHARE, default=0.5, help="share of guided steps that use the gradient")
     add("--batch", type=FROM_1, default=256, help="B, sequences at once, at most")
     add("--out", help="write the samples there, too; as FASTA if it ends in .fasta or .fa")
@@ -88,11 +86,6 @@ def start_states(args, net, ids):
     return z
 
 
-def printable(text, keep=""):
-    """A young model writes any byte; none but these may steer the terminal."""
-    return "".join(c if c.isprintable() or c in keep else "\ufffd" for c in text)
-
-
 def watcher(steps, config, encoding):
     """on_step(z) that redraws the texts on a terminal; elsewhere it prints the first, a line."""
     live, (columns, rows), count = sys.stdout.isatty(), shutil.get_terminal_size(), [0]
@@ -130,6 +123,8 @@ def write(args, net, disc, z, on_step):
 
 def main(argv=None):
     args = parse_flags(argv)
+    if args.out is not None:
+        files.check_output(args.out, args.model, new_folder=False)
     device, bf16 = setup(args)
     ckpt, net = load_checkpoint(args.model, ("student", "teacher"), device, bf16)
     encoding, packed, disc = corpus.make_tokenizer(ckpt["tokenizer"]), not net.config.pads, None
@@ -140,6 +135,7 @@ def main(argv=None):
         restore({"disc": disc}, ckpt, args.model)
         disc.eval().requires_grad_(False)  # at rest: spectral norm must not go on iterating
         torch.manual_seed(args.seed)
+    check_memory(net.config, device, 0, args.num, 16, "--num")
     z = start_states(args, net, given_tokens(args, encoding, net.config.mask_id))
     on_step = watcher(args.steps, net.config, encoding) if args.watch else None
     x, nfe, calls = write(args, net, disc, z, on_step)
@@ -151,9 +147,8 @@ def main(argv=None):
     if args.out is not None:
         if args.out.endswith((".fasta", ".fa")):
             texts = [f">didi_{i + 1} {args.model}\n{text}" for i, text in enumerate(texts)]
-        with open(f"{args.out}.partial", "w", encoding="utf-8") as f:
+        with files.whole_file(args.out) as f:
             f.write("\n".join(texts) + "\n")
-        os.replace(f"{args.out}.partial", args.out)
 
 
 if __name__ == "__main__":

@@ -704,7 +704,8 @@ class Evil:
 
 def test_a_checkpoint_is_exact_and_survives_a_kill_while_it_is_written(tiny, monkeypatch):
     ckpt, ema = model.load_checkpoint("out/teacher.pt", ("teacher",))
-    nets, parts = {"model": ema, "ema": ema}, {name: ckpt[name] for name in ("kind", "config")}
+    nets = {"model": ema, "ema": ema}
+    parts = {name: ckpt[name] for name in ("kind", "config", "tokenizer", "flags", "seconds")}
     model.save_checkpoint("a.pt", nets, **parts, step=3)
     z = torch.randint(0, 257, (2, 24))
     assert torch.equal(ema(z), model.load_checkpoint("a.pt", ("teacher",))[1](z))

@@ -7,20 +7,19 @@
 
 Left out on purpose: dropout, weight decay (runs this short underfit) and time conditioning.
 """
-import argparse
 import copy
 import importlib.util
 import math
 import time
-from dataclasses import asdict
 
 import torch
 import torch.nn.functional as F
 
 import didi
-from data import corpus
-from data.command import (FROM_0, FROM_1, RATE, SHARE, add_run_flags, agree, parse_run, progress,
-                          run_script, setup, share_done, share_out, stop_requested)
+from data import corpus, files
+from data.command import (FROM_0, FROM_1, RATE, SHARE, SIZE, add_run_flags, agree, check_memory,
+                          make_parser, parse_run, progress, run_script, setup, share_done,
+                          share_out, stop_requested)
 from model import (RANK, Config, Denoiser, average_gradients, load_checkpoint, restore,
                    save_checkpoint, update_ema)
 
@@ -31,16 +30,15 @@ SIZES = {"nano": (3, 4, 128, 128, 64, 1700, 8e-3, 100),            # minutes on 
 
 
 def parse_flags(argv=None):
-    p = argparse.ArgumentParser(description="Train the teacher, a masked-diffusion model.")
-    add = p.add_argument
+    p, add = make_parser("Train the teacher, a masked-diffusion model.")
     add("--data", default=corpus.DEFAULT, help="corpus folder, see data/README.md [signatures]")
     add("--causal", action="store_true", help="train the autoregressive baseline and judge instead")
     add("--size", choices=SIZES, default="nano", help="what all that is in [] below is by default")
-    add("--n_layer", type=FROM_1, help="transformer blocks [3; 6; 12]")
-    add("--n_head", type=FROM_1, help="H, attention heads [4; 6; 12]")
-    add("--n_embd", type=FROM_1, help="D, width, a multiple of 2 H [128; 384; 768]")
-    add("--length", type=FROM_1, help="L, tokens per sequence of packed text [128; 256; 1024]")
-    add("--batch", type=FROM_1, help="B, sequences per update [64; 256; 512]")
+    add("--n_layer", type=SIZE, help="transformer blocks [3; 6; 12]")
+    add("--n_head", type=SIZE, help="H, attention heads [4; 6; 12]")
+    add("--n_embd", type=SIZE, help="D, width, a multiple of 2 H [128; 384; 768]")
+    add("--length", type=SIZE, help="L, tokens per sequence of packed text [128; 256; 1024]")
+    add("--batch", type=SIZE, help="B, sequences per update [64; 256; 512]")
     add("--updates", type=FROM_1, help="optimiser steps [1700; 10000; 100000]")
     add("--lr", type=RATE, help="peak: after warm-up a cosine to a tenth [8e-3; 4e-3; 1e-3]")
     add("--warmup", type=FROM_0, help="updates of linear warm-up [100; 300; 2000]")
@@ -151,17 +149,19 @@ def train(args, nets, data, device, about, step, seconds):
 def main(argv=None):
     args, ckpt = parse_flags(argv)
     data = corpus.load(args.data)
+    files.check_output(args.out, args.data)
     settle(args, data)
     device, bf16 = setup(args)
     config = Config(corpus.make_tokenizer(data.tokenizer).n_vocab, args.length, args.n_layer,
                     args.n_head, args.n_embd, args.causal, not data.packed, data.framed)
-    nets, step, seconds = networks(args, config, data, device, bf16), 0, 0.0
-    if ckpt:
-        step, seconds = restore(nets, ckpt, args.out)
+    token = 20 * args.n_embd * args.n_layer + 3 * config.vocab_size  # bytes
+    check_memory(config, device, 4, share_out("batch", args), token, "--batch")
+    nets = networks(args, config, data, device, bf16)
+    step, seconds = restore(nets, ckpt, args.out)
     triton = device.type == "cuda" and importlib.util.find_spec("triton") is not None
     if args.compile or triton:
         nets["model"].trunk = torch.compile(nets["model"].trunk)
-    about = {"kind": "causal" if args.causal else "teacher", "config": asdict(config),
+    about = {"kind": "causal" if args.causal else "teacher", "config": vars(config),
              "tokenizer": data.tokenizer, "flags": vars(args)}
     return train(args, nets, data, device, about, step, seconds)
 

@@ -14,21 +14,44 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from data import files
+
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
 SHOWN = ("loss", "nelbo", "disc_acc", "spread", "kl")  # by the bar
 
 
+# ------------------------------------------------------------------------------------------ flags
 def between(low, high, kind=float):
     """A type for argparse: numbers from low to high."""
     def number(text):
         if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:,} and {high:,}")
         return kind(text)
     return number
 
 
 FROM_0, FROM_1 = between(0, 10 ** 9, int), between(1, 10 ** 9, int)
+SIZE = between(1, 2 ** 20, int)  # of a tensor, or of a list that is made beforehand
 WEIGHT, RATE, SHARE = between(0, 1e6), between(1e-9, 1e6), between(0, 1)
+
+
+def word(text):
+    """A type for argparse: a name, a path. It is shown again, so no line break, and no escape."""
+    odd = [c for c in text if not (c.isprintable() or "\udc80" <= c <= "\udcff")]
+    if odd or not text:
+        raise argparse.ArgumentTypeError(f"{text!r} is empty or has a character that nobody sees")
+    return text
+
+
+def make_parser(description, **how):
+    """(argparse parser, its add_argument): its flags are `word`s if nothing else is said, and what
+    it refuses is a ValueError."""
+    def fail(message):
+        raise ValueError(f"{message}: see --help")
+    p = argparse.ArgumentParser(description=description, **how)
+    p.register("type", None, word)
+    p.error = fail
+    return p, p.add_argument
 
 
 def add_device_flags(add):
@@ -50,11 +73,34 @@ def add_run_flags(add, eval_every, out):
 
 def parse_run(p, argv, load):
     """The flags, and with --resume the checkpoint of --out, load(path), else None."""
+    if argv is None:
+        argv = sys.argv[1:]
     args, ckpt = p.parse_args(argv), None
     if args.resume:
         ckpt = load(args.out)
-        p.set_defaults(**ckpt["flags"] | {"out": args.out})
+        argv = [*stored_words(p, ckpt["flags"], args.out), *argv, f"--out={args.out}"]
     return p.parse_args(argv), ckpt
+
+
+def stored_words(p, flags, path):
+    """The command line that gives these flags, a dict from the checkpoint at `path`. ValueError if
+    there is none: the checkpoint is of another version, or damaged."""
+    words, why = [], "other ones"
+    try:
+        for action in p._actions:
+            value, names = flags.get(action.dest), action.option_strings
+            if isinstance(value, bool):
+                words += names[:1] if value else names[1:]
+            elif isinstance(value, (list, tuple)):
+                words += [names[0], *map(str, value)]
+            elif value is not None:
+                words.append(f"{names[0]}={value}")
+        said, stored = (json.dumps(of, sort_keys=True) for of in (vars(p.parse_args(words)), flags))
+        if said == stored:
+            return words
+    except (ValueError, TypeError, RecursionError) as e:
+        why = e
+    raise ValueError(f"{path} has flags that cannot be given here ({why}): make it again")
 
 
 def setup(args):
@@ -100,44 +146,93 @@ def agree(*numbers):
     return x.tolist()
 
 
+def check_finite(row):
+    """Raises FloatingPointError for a number in a row, a dict, that is not finite."""
+    if not all(map(math.isfinite, row.values())):
+        raise FloatingPointError(f"a number is not finite: lower --lr (step {row['step']})")
+
+
+def is_whole(line, step):
+    """Is this line of a log a row, or a table, of an update up to this one?"""
+    try:
+        return line.endswith("\n") and json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
 @contextlib.contextmanager
 def progress(args, step, total):
     """A bar and the log beside --out, made new or, with --resume, continued: log(row, table=False).
 
-    A row is a dict of numbers; a table is printed above the bar. Raises ValueError if --out is a
-    folder; log raises FloatingPointError for a number that is not finite.
+    A row is a dict of numbers; a table is printed above the bar, and the checkpoint is on the disk
+    by then: a run that fails before leaves the log of the run before. Raises ValueError if another
+    run has this --out; log raises FloatingPointError for a number that is not finite.
     """
-    if os.path.isdir(args.out):
-        raise ValueError(f"--out {args.out} is a folder: name a file in it, such as student.pt")
-    os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
-    path = os.devnull if RANK > 0 else args.out.removesuffix(".pt") + ".jsonl"
     if args.minutes:
         total = None
     elif step >= total and RANK == 0:
         print(f"{args.out} has all its {total} updates: give more with --resume and --updates")
-    kept = []  # of a run that is resumed: a killed one's log is ahead of its checkpoint
-    if args.resume and os.path.isfile(path):
-        with open(path, encoding="utf-8") as f:
-            whole = [line for line in f if line.endswith("\n")]
-        kept = [line for line in whole if json.loads(line)["step"] <= step]
-    with open(path, "w", encoding="utf-8") as f, tqdm(None, args.out, total, initial=step,
-                                                      disable=RANK > 0) as bar:
-        f.writelines(kept)
+    if RANK > 0:
+        yield lambda row, table=False: check_finite(row)
+        return
+    path, kept = log_path(args.out), []
+    with files.locked(path):
+        if args.resume and os.path.isfile(path):  # a killed one's log is ahead of its checkpoint
+            with open(path, encoding="utf-8", errors="replace") as f:
+                kept = [line for line in f if is_whole(line, step)]
+        with files.growing_file(path, kept) as (write, keep), \
+                tqdm(None, args.out, total, initial=step) as bar:
+            def log(row, table=False):
+                check_finite(row)
+                write(json.dumps(row) + "\n")
+                few = [name for name in row if table or name in SHOWN]
+                text = ", ".join(f"{name} {round(row[name], 4)}" for name in few)
+                if table:
+                    keep()
+                    return bar.write(text)
+                bar.set_postfix_str(text)
+                bar.update()
+            yield log
 
-        def log(row, table=False):
-            if not all(map(math.isfinite, row.values())):
-                raise FloatingPointError(f"a number is not finite: lower --lr (step {row['step']})")
-            f.write(json.dumps(row) + "\n")
-            f.flush()
-            few = [name for name in row if table or name in SHOWN]
-            text = ", ".join(f"{name} {round(row[name], 4)}" for name in few)
-            if table:
-                return bar.write(text)
-            bar.set_postfix_str(text)
-            bar.update()
-        yield log
+
+def log_path(out):
+    """The log beside a checkpoint. ValueError if that is called as logs are."""
+    if out.endswith(".jsonl"):
+        raise ValueError(f"--out {out} is the name of a log: name a checkpoint, such as student.pt")
+    return out.removesuffix(".pt") + ".jsonl"
 
 
+# ----------------------------------------------------------------------------------------- memory
+def free_memory(device):
+    """Bytes that can still be had on a device; infinite where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = math.inf
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        with open("/proc/meminfo", encoding="ascii") as f:
+            kib = {line.split(":")[0]: int(line.split()[1]) for line in f}
+        free = 1024 * (kib["MemAvailable"] + kib["SwapFree"])
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as f:
+            free = min(free, int(f.read()))  # ValueError: "max"
+    return free
+
+
+def check_memory(config, device, copies, rows, token, flag):
+    """Raises ValueError if a network (model.Config) surely does not fit, or so many rows at once.
+
+    copies: of its weights, with gradients and moments, in memory; token: bytes for each of a row;
+    flag: what makes rows fewer. All are counted low: a run that would fit is never refused.
+    """
+    V, D = config.vocab_size, config.n_embd
+    needs = {"--n_embd or --n_layer": 4 * copies * (2 * V * D + 12 * config.n_layer * D ** 2),
+             flag: rows * config.length * token}
+    need, free = sum(needs.values()), free_memory(device)
+    if need > free:
+        raise ValueError(f"at least {need / 2 ** 30:.3g} GiB of memory would be needed, and "
+                         f"{free / 2 ** 30:.3g} are free: lower {max(needs, key=needs.get)}")
+
+
+# ------------------------------------------------------------------------------------ how it ends
 def stop_requested():
     """From now on Ctrl-C and SIGTERM let the step end: a function, 0 until then, 130 or 143."""
     seen = [0]
@@ -150,11 +245,33 @@ def stop_requested():
     return lambda: seen[-1]
 
 
+def printable(text, keep=""):
+    """A young model, or a file, has any character; none but these may steer the terminal."""
+    return "".join(c if c.isprintable() or c in keep else "\ufffd" for c in text)
+
+
+def out_of_memory(e):
+    """Is this what torch or numpy raises where there is no memory left?"""
+    words = ("allocate memory", "out of memory", "Unable to allocate")
+    return isinstance(e, MemoryError) or any(some in str(e) for some in words)
+
+
+def say(text):
+    """One line on stderr, whatever is in it."""
+    print(printable(" ".join(str(text).split())), file=sys.stderr, flush=True)
+
+
+def stop_at_once(number, frame):
+    """SIGTERM while nothing can be saved: what is half made is taken away."""
+    sys.exit(128 + number)
+
+
 def run_script(main, resumes=False):
     """Run main() and exit with its code; what the user can mend is one line on stderr and 2.
 
     resumes: can a run that was stopped go on with --resume?
     """
+    signal.signal(signal.SIGTERM, stop_at_once)
     try:
         for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character shows ?
             if hasattr(stream, "reconfigure"):
@@ -163,16 +280,27 @@ def run_script(main, resumes=False):
         if code and RANK == 0:
             how = ": go on with the same command and --resume" if resumes else ""
             print(f"\nstopped, all is saved{how}", flush=True)
+        sys.stdout.flush()
         if dist.is_initialized():
             dist.barrier()  # the first process may still be writing
             os._exit(code or 0)  # an interpreter torn down may be aborted by gloo's threads
     except BrokenPipeError:  # `| head` has seen enough
-        os._exit(0)
+        if not resumes:
+            os._exit(0)
+        say("error: nobody reads what this prints any more: go on with --resume, and no such pipe")
+        os._exit(141)
     except KeyboardInterrupt:
+        say("stopped")
         code = 130
     except (ValueError, FloatingPointError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
+        say(f"error: {e}")
+        code = 2
+    except (RuntimeError, MemoryError) as e:
+        if not out_of_memory(e):
+            raise
+        say("error: no memory is left: lower --batch or --groups, or raise --accumulate")
         code = 2
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a notebook goes on
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.exit(code)

@@ -4,7 +4,6 @@
 
 Any FASTA file, whatever its name, perhaps compressed by gzip or xz.
 """
-import argparse
 import collections
 import functools
 import io
@@ -15,7 +14,7 @@ import sys
 import zlib
 
 from data import corpus
-from data.command import FROM_1, run_script
+from data.command import SIZE, make_parser, run_script
 
 SHOWN = ("entropy", "length", "ks", "js2")  # what the tables of training show
 K, SAME = 5, 0.5  # a sequence is novel if no training sequence has half of its 5-mers
@@ -126,11 +125,11 @@ def quality(x, data):
 
 def main(argv=None):
     """The command line; argv: its words, those of the shell if None."""
-    p = argparse.ArgumentParser(description="Make a corpus of the proteins in a FASTA file.")
-    p.add_argument("file", help="FASTA, perhaps compressed by gzip or xz")
-    p.add_argument("--length", type=FROM_1, default=128, help="residues in a row")
-    p.add_argument("--long", choices=("drop", "crop"), default="drop", help="longer ones")
-    p.add_argument("--out", help="corpus folder to make [out/<stem of the file>]")
+    p, add = make_parser("Make a corpus of the proteins in a FASTA file.")
+    add("file", help="FASTA, perhaps compressed by gzip or xz")
+    add("--length", type=SIZE, default=128, help="residues in a row")
+    add("--long", choices=("drop", "crop"), default="drop", help="longer ones")
+    add("--out", help="corpus folder to make [out/<stem of the file>]")
     args = p.parse_args(argv)
     if args.out is None:
         args.out = corpus.out_folder(args.file)

@@ -7,7 +7,6 @@
 The tars are downloaded to --cache, going on where an earlier try stopped, and streamed: nothing is
 unpacked to the disk.
 """
-import argparse
 import http.client
 import itertools
 import lzma
@@ -19,7 +18,7 @@ import urllib.request
 from tqdm import tqdm
 
 from data import corpus, text
-from data.command import run_script
+from data.command import make_parser, run_script
 
 URL = ("https://huggingface.co/datasets/Skylion007/openwebtext/resolve/"
        "b3166bc19fbae165867d7f4965dc52279d1e9f40/urlsf_subset{:02d}.tar")
@@ -114,12 +113,12 @@ def prepare(folder="out/openwebtext", shards=SHARDS, cache="out/downloads", fram
 
 def main(argv=None):
     """The command line; argv: its words, those of the shell if None."""
-    p = argparse.ArgumentParser(description="Download OpenWebText and make a corpus of it.")
-    p.add_argument("--shards", type=int, choices=range(1, SHARDS + 1), metavar="N", default=SHARDS,
+    p, add = make_parser("Download OpenWebText and make a corpus of it.")
+    add("--shards", type=int, choices=range(1, SHARDS + 1), metavar="N", default=SHARDS,
                    help="only the first N of 21 tars")
-    p.add_argument("--framed", action="store_true", help=text.FRAMED)
-    p.add_argument("--out", default="out/openwebtext", help="corpus folder to make")
-    p.add_argument("--cache", default="out/downloads", help="folder for the tars")
+    add("--framed", action="store_true", help=text.FRAMED)
+    add("--out", default="out/openwebtext", help="corpus folder to make")
+    add("--cache", default="out/downloads", help="folder for the tars")
     args = p.parse_args(argv)
     corpus.refuse_existing(args.out)
     text.report(args.out, prepare(args.out, args.shards, args.cache, args.framed))

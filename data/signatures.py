@@ -6,7 +6,6 @@ Some 30,000 unique lines such as `def sample(self, n=1) -> Tensor:` from the sou
 library, torch and numpy. The quality of samples can be checked without a second model: does
 Python's parser accept them?
 """
-import argparse
 import ast
 import collections
 import functools
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 
 from data import corpus
-from data.command import FROM_1, run_script
+from data.command import SIZE, make_parser, run_script
 
 SHOWN = ("valid", "post", "tv", "js3")  # what the tables of training show
 SIGNATURE = re.compile(r"^[ \t]*(def [A-Za-z_]\w*\(.*\).*:)(?:[ \t]*\.\.\.)?[ \t]*$",
@@ -133,9 +132,9 @@ def quality(x, data):
 
 def main(argv=None):
     """The command line; argv: its words, those of the shell if None."""
-    p = argparse.ArgumentParser(description="Make the default corpus, Python signatures.")
-    p.add_argument("--out", default=corpus.DEFAULT, help="corpus folder to make")
-    p.add_argument("--length", type=FROM_1, default=48, help="tokens in a row, the end included")
+    p, add = make_parser("Make the default corpus, Python signatures.")
+    add("--out", default=corpus.DEFAULT, help="corpus folder to make")
+    add("--length", type=SIZE, default=48, help="tokens in a row, the end included")
     args = p.parse_args(argv)
     corpus.refuse_existing(args.out)
     counts = prepare(args.out, args.length)

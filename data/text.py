@@ -8,7 +8,6 @@
 
 Files are UTF-8; a line <|endoftext|>, or the end of a file, ends a document.
 """
-import argparse
 import collections
 import functools
 import glob
@@ -23,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data import corpus
-from data.command import run_script
+from data.command import make_parser, run_script
 
 SHOWN = ("entropy", "tv", "js3", "rep4")  # what the tables of training show
 TOKENIZERS = ("gpt2", "bytes")
@@ -219,11 +218,11 @@ def report(folder, counts):
 
 def main(argv=None):
     """The command line; argv: its words, those of the shell if None."""
-    p = argparse.ArgumentParser(description="Make a corpus of text, packed.")
-    p.add_argument("path", help="a UTF-8 file (.gz, .xz), a folder of them, or of shards *.bin")
-    p.add_argument("--tokenizer", choices=TOKENIZERS, default="gpt2", help="what a token is")
-    p.add_argument("--framed", action="store_true", help=FRAMED)
-    p.add_argument("--out", help="corpus folder to make [out/<stem of the path>]")
+    p, add = make_parser("Make a corpus of text, packed.")
+    add("path", help="a UTF-8 file (.gz, .xz), a folder of them, or of shards *.bin")
+    add("--tokenizer", choices=TOKENIZERS, default="gpt2", help="what a token is")
+    add("--framed", action="store_true", help=FRAMED)
+    add("--out", help="corpus folder to make [out/<stem of the path>]")
     args = p.parse_args(argv)
     if args.out is None:
         args.out = corpus.out_folder(args.path)

@@ -7,7 +7,6 @@ One run after the other, each a process of its own; what the file has is not mad
 Ctrl-C the same command goes on. Each student writes 1,000 samples in 4, 8, 16 and 32 steps, for the
 measures of its corpus and the perplexity under the judge --causal, if it is there.
 """
-import argparse
 import functools
 import itertools
 import os
@@ -16,7 +15,7 @@ import sys
 
 import distill
 from data import corpus
-from data.command import FROM_0, FROM_1, add_device_flags, run_script, setup
+from data.command import FROM_0, FROM_1, add_device_flags, make_parser, run_script, setup
 from experiments import common
 from experiments.evaluate import causal_judge
 from experiments.table import SHOWN
@@ -45,8 +44,7 @@ KEPT = ("post", "judge_ppl", "tv", "js3", "entropy", "ks", "rare", "returns", "j
 
 
 def parse_flags(argv=None):
-    p = argparse.ArgumentParser(description="What each component does.", allow_abbrev=False)
-    add = p.add_argument
+    p, add = make_parser("What each component does.", allow_abbrev=False)
     add("file", help="results, {label: {seed: row}}, JSON; an existing file is continued")
     add("--teacher", default="out/{seed}/teacher.pt", help="checkpoints; {seed} is the run's seed")
     add("--seeds", type=FROM_0, nargs="+", default=(0, 1, 2), help="one run of each row for each")

@@ -3,26 +3,23 @@
     python -m experiments.animate assets/writing.gif --teacher out/teacher.pt \
         --student out/student.pt --causal out/causal.pt
 """
-import argparse
 import itertools
 import time
 
 from data import corpus
-from data.command import FROM_1, RATE, add_device_flags, run_script, setup
+from data.command import SIZE, RATE, add_device_flags, make_parser, printable, run_script, setup
 from experiments import common
-from sample import printable
 
 
 def parse_flags(argv=None):
-    p = argparse.ArgumentParser(description="Three models writing side by side, as a GIF.")
-    add = p.add_argument
+    p, add = make_parser("Three models writing side by side, as a GIF.")
     add("out", help="the GIF to write")
     add("--teacher", default="out/teacher.pt", help="checkpoint of train_teacher.py")
     add("--student", default="out/student.pt", help="checkpoint of distill.py")
     add("--causal", default="out/causal.pt", help="checkpoint of train_teacher.py --causal")
-    add("--lines", type=FROM_1, default=10, help="texts that each model writes at once")
+    add("--lines", type=SIZE, default=10, help="texts that each model writes at once")
     add("--seconds", type=RATE, default=12.0, help="that the slowest model takes in the GIF")
-    add("--fps", type=FROM_1, default=10, help="frames a second")
+    add("--fps", type=SIZE, default=10, help="frames a second")
     add_device_flags(add)
     return p.parse_args(argv)
 

@@ -6,14 +6,13 @@
 Nothing at the top needs this: there a causal model is only trained, and it is a judge without a
 cache. Left out on purpose: prompts, top-k and top-p; it is compared at --temperature alone.
 """
-import argparse
 
 import torch
 import torch.nn.functional as F
 
 import didi
 from data import corpus
-from data.command import FROM_1, RATE, add_device_flags, run_script, setup
+from data.command import RATE, SIZE, add_device_flags, check_memory, make_parser, run_script, setup
 from model import load_checkpoint, rotate
 
 
@@ -74,10 +73,9 @@ def autoregress(model, B, eos, temperature=1.0, on_step=None):
 
 
 def parse_flags(argv=None):
-    p = argparse.ArgumentParser(description="Sample from the autoregressive baseline.")
-    add = p.add_argument
+    p, add = make_parser("Sample from the autoregressive baseline.")
     add("--model", default="out/causal.pt", help="checkpoint of train_teacher.py --causal")
-    add("--num", type=FROM_1, default=16, help="samples, all at once")
+    add("--num", type=SIZE, default=16, help="samples, all at once")
     add("--temperature", type=RATE, default=1.0, help="divides the logits; 1 = the model's law")
     add_device_flags(add)
     return p.parse_args(argv)
@@ -87,6 +85,8 @@ def main(argv=None):
     args = parse_flags(argv)
     device, bf16 = setup(args)
     ckpt, model = load_checkpoint(args.model, ("causal",), device, bf16)
+    token = 4 * model.config.n_layer * model.config.n_embd  # bytes of the cache
+    check_memory(model.config, device, 0, args.num, token, "--num")
     x, nfe = autoregress(model, args.num, model.config.pad_id, args.temperature)
     print(f"autoregressive, temperature {args.temperature:g}, seed {args.seed}: "
           f"{nfe.float().mean():.2f} network calls per sequence")

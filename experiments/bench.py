@@ -8,7 +8,6 @@
 `training` takes the flags of train_teacher.py, `distillation` those of distill.py. With --json the
 rows go into that file under --label, beside what is in it.
 """
-import argparse
 import itertools
 import os
 import time
@@ -23,7 +22,8 @@ import distill
 import train_teacher
 from data import corpus
 from experiments import common
-from data.command import FROM_1, add_device_flags, run_script, setup, share_out
+from data.command import (SIZE, add_device_flags, check_memory, make_parser, run_script, setup,
+                          share_out)
 from model import Config, Denoiser, update_ema
 
 # bfloat16, dense, FLOP/s, by the makers (SXM where there is one)
@@ -34,14 +34,13 @@ SAMPLERS = {"student, guided": "rgas", "autoregressive": "autoregressive"}  # el
 
 
 def parse_flags(argv=None):
-    p = argparse.ArgumentParser(description="Speed and memory.", allow_abbrev=False)
-    add = p.add_argument
+    p, add = make_parser("Speed and memory.", allow_abbrev=False)
     add("what", choices=("models", "training", "distillation", "sampler"))
     add("--teacher", default="out/teacher.pt", help="checkpoint of train_teacher.py")
     add("--student", default="out/student.pt", help="checkpoint of distill.py")
     add("--causal", default="out/causal.pt", help="of train_teacher.py --causal, if it is there")
-    add("--at_once", type=FROM_1, default=256, help="texts at once, besides one at a time")
-    add("--times", type=FROM_1, default=20, help="training steps to time")
+    add("--at_once", type=SIZE, default=256, help="texts at once, besides one at a time")
+    add("--times", type=SIZE, default=20, help="training steps to time")
     add("--json", help="add the rows to this file")
     add("--label", default="default", help="with --json: what to call them")
     add_device_flags(add)
@@ -166,6 +165,8 @@ def bench_models(args, device, bf16):
     paths = {"teacher": args.teacher, "student": args.student, "autoregressive": args.causal}
     paths = {name: path for name, path in paths.items() if os.path.isfile(path)}
     models, rows = common.load_models(paths, device, bf16), []
+    for model in models.values():
+        check_memory(model["config"], device, 0, args.at_once, 16, "--at_once")
     names = ("row", "steps", "batch", "nfe", "disc_calls", "tokens_per_s", "latency", "peak_mib")
     print("".join(f"{name:>16}" for name in names))
     for (name, steps), batch in itertools.product(MODELS, (1, args.at_once)):

@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 import didi
+from data import files
 from experiments.autoregressive import autoregress
 from model import Discriminator, load_checkpoint, restore
 
@@ -124,14 +125,9 @@ def memory_meter(device):
 
 # ---------------------------------------------------------------------------------------- results
 def write_json(path, content):
-    """Write a JSON file by way of a temporary one. ValueError if that cannot be done."""
-    try:
-        with open(f"{path}.partial", "w", encoding="utf-8") as f:
-            json.dump(content, f, indent=1)
-        os.replace(f"{path}.partial", path)
-    except OSError as e:
-        raise ValueError(f"{path!r} cannot be written ({e.strerror}): name a file in an existing "
-                         "folder") from None
+    """Write a JSON file, whole or not at all. OSError if that cannot be done."""
+    with files.whole_file(path) as f:
+        json.dump(content, f, indent=1)
 
 
 def read_results(path, holds="flags"):
@@ -152,12 +148,14 @@ def add_run(path, holds, label=None, seed=None, run=None):
 
     The file is read again each time: another process may have added to it.
     """
-    results = {}
-    if os.path.exists(path):
-        results = read_results(path, holds)
-    if run is not None:
-        results.setdefault(label, {})[str(seed)] = run
-    write_json(path, results)
+    files.check_output(path, new_folder=False)
+    with files.locked(path, wait=True):
+        results = {}
+        if os.path.exists(path):
+            results = read_results(path, holds)
+        if run is not None:
+            results.setdefault(label, {})[str(seed)] = run
+        write_json(path, results)
 
 
 def spread(values, digits=3):

@@ -9,7 +9,6 @@ Measures of quality are the corpus' own (data/), and judge_ppl, the perplexity u
 autoregressive model if there is one, or a GPT-2. Real texts come first: held-out ones, and as many
 random ones of the training split, which is what a perfect model would get. Entropy is in nats.
 """
-import argparse
 import functools
 import math
 import os
@@ -18,7 +17,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from data import corpus
-from data.command import FROM_1, SHARE, WEIGHT, add_device_flags, run_script, setup
+from data.command import (FROM_1, SHARE, SIZE, WEIGHT, add_device_flags, check_memory, make_parser,
+                          run_script, setup)
 from experiments import common
 from experiments.table import GOALS, at_entropy, steps_to_match
 from train_teacher import causal_nll
@@ -31,19 +31,18 @@ HEAD = ["row", "steps", "T", "nfe", "disc_calls"]
 
 
 def parse_flags(argv=None):
-    p = argparse.ArgumentParser(description="Quality against the number of steps.")
-    add = p.add_argument
+    p, add = make_parser("Quality against the number of steps.")
     add("--teacher", default="out/teacher.pt", help="checkpoint of train_teacher.py")
     add("--student", default="out/student.pt", help="checkpoint of distill.py or experiments.sdtt")
     add("--causal", default="out/causal.pt", help="of train_teacher.py --causal, if it is there")
     add("--data", help="corpus folder [the one that the model was trained on]")
     add("--rows", choices=("all", "teacher", "student"), default="all", help="whose rows")
     add("--sweep", action="store_true", help="all numbers of steps at all temperatures, .7 to 1.2")
-    add("--samples", type=FROM_1, default=1000, help="in a row; of fewer, mostly noise")
+    add("--samples", type=SIZE, default=1000, help="in a row; of fewer, mostly noise")
     add("--batch", type=FROM_1, default=256, help="B, sequences at once, at most")
     add("--judge", help="a GPT-2 of the package transformers instead of --causal: name or folder")
     add("--guidance", type=WEIGHT, default=1.0, help="h, weight of the reward's gradient in rgas")
-    add("--candidates", type=FROM_1, default=4, help="M, next states to choose from in rgas")
+    add("--candidates", type=SIZE, default=4, help="M, next states to choose from in rgas")
     add("--switch", type=SHARE, default=0.5, help="share of guided steps that use the gradient")
     add("--json", help="add the rows to this file, under --label and the training seed")
     add("--label", default="default", help="what to call the run in --json")
@@ -224,6 +223,8 @@ def main(argv=None):
         common.add_run(args.json, "rows")  # unwritable: must not show after minutes of work
     device, bf16 = setup(args)
     models, data = load(args, device, bf16)
+    config = next(iter(models.values()))["config"]
+    check_memory(config, device, 0, args.samples, 16, "--samples")
     judge = make_judge(args, models, data, device)
     if judge is None:
         print("no judge: make one with `python train_teacher.py --causal`")

@@ -10,7 +10,6 @@ constants: folded into the weights they leave our network, exactly. Nothing in a
 and neither flash-attn nor transformers, Lightning or omegaconf is needed. Left out on purpose:
 BD3LM's form of these networks (sampling_eps_min/max), networks that are told the noise level.
 """
-import argparse
 import collections
 import hashlib
 import json
@@ -24,7 +23,8 @@ from dataclasses import asdict
 import torch
 import torch.nn.functional as F
 
-from data.command import run_script
+from data import files
+from data.command import make_parser, run_script
 from experiments.common import write_json
 from model import Config, Denoiser, load_checkpoint, save_checkpoint
 
@@ -138,11 +138,10 @@ def write_safetensors(path, tensors):
         at = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # data are aligned
-    with open(f"{path}.partial", "wb") as f:
+    with files.whole_file(path, "wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
             f.write(tensor.contiguous().numpy())
-    os.replace(f"{path}.partial", path)
 
 
 # --------------------------------------------------------------------------- Lightning checkpoints
@@ -489,7 +488,6 @@ def import_teacher(args):
     if theirs[TIME][:, half:].abs().max() > (2 * half) ** -0.5:  # PyTorch's first values are below
         print(f"warning: {TIME!r} has learnt from sines, which are 0 at the noise level 0: this "
               "network was told the noise level, as SEDD's are, and will not work here")
-    os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
     save_checkpoint(args.out, {"model": net, "ema": net}, kind="teacher", config=asdict(config),
                     tokenizer=TOKENIZERS[config.vocab_size], flags=vars(args), step=0, seconds=0.0)
     print(f"wrote {args.out}: distil it with python distill.py --teacher {args.out}, on a corpus "
@@ -523,8 +521,7 @@ def export(args):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description="Import MDLM's weights, or write ours as MDLM's.")
-    add = p.add_argument
+    p, add = make_parser("Import MDLM's weights, or write ours as MDLM's.")
     add("file", help="model.safetensors or mdlm.ckpt of MDLM; with --unfold a checkpoint of ours")
     add("--raw", action="store_true", help="of a .ckpt the bare weights, not their average (EMA)")
     add("--data", default="out/openwebtext", help="corpus to distil on, made with --framed")
@@ -534,8 +531,10 @@ def main(argv=None):
     args = p.parse_args(argv)
     torch.manual_seed(args.seed)
     if args.unfold is None:
+        files.check_output(args.out, args.file, args.data)
         import_teacher(args)
     else:
+        files.check_output(args.unfold, args.file)
         export(args)
 
 

@@ -8,7 +8,6 @@ student learns to predict in one step what its teacher predicts in two; then it 
 of the next round, in which the steps are twice as long. 960 updates take about as long as the
 default of distill.py. Left out on purpose: --resume; Ctrl-C keeps what there is.
 """
-import argparse
 import copy
 import time
 from dataclasses import asdict
@@ -18,20 +17,20 @@ from tqdm import tqdm
 
 import didi
 import distill
-from data.command import (FROM_1, RATE, SHARE, add_device_flags, progress, run_script, setup,
-                          stop_requested)
+from data import files
+from data.command import (FROM_1, RATE, SHARE, SIZE, add_device_flags, check_memory, make_parser,
+                          progress, run_script, setup, stop_requested)
 from model import save_checkpoint, update_ema
 
 
 def parse_flags(argv=None):
-    p = argparse.ArgumentParser(description="Self-distillation through time.")
-    add = p.add_argument
+    p, add = make_parser("Self-distillation through time.")
     add("--teacher", default="out/teacher.pt", help="checkpoint of train_teacher.py")
     add("--data", help="corpus folder [the teacher's]")
     add("--out", default="out/sdtt.pt", help="checkpoint, the log beside it as .jsonl")
-    add("--rounds", type=FROM_1, nargs="+", default=(32, 16, 8, 4), help="sampling steps of each")
+    add("--rounds", type=SIZE, nargs="+", default=(32, 16, 8, 4), help="sampling steps of each")
     add("--updates", type=FROM_1, default=960, help="in all, shared out evenly among the rounds")
-    add("--batch", type=FROM_1, default=128, help="sequences per update")
+    add("--batch", type=SIZE, default=128, help="sequences per update")
     add("--lr", type=RATE, default=1e-3, help="falls linearly to a tenth; supervised, so high")
     add("--kl_kind", choices=didi.KL_KINDS, default="reverse",
         help="forward would learn the teacher's one-step prediction again, see sdtt_target")
@@ -102,6 +101,8 @@ def main(argv=None):
     args = parse_flags(argv)
     device, bf16 = setup(args)
     teacher, data = distill.load_teacher(args, device, bf16)
+    files.check_output(args.out, args.data, args.teacher)
+    check_memory(teacher.config, device, 6, args.batch, 8 * teacher.config.n_embd, "--batch")
     nets, done, code = train(args, teacher, data)
     save_checkpoint(args.out, nets, kind="student", config=asdict(teacher.config),
                     tokenizer=data.tokenizer, flags=vars(args), **done)

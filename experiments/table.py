@@ -7,13 +7,12 @@ A model need only become less diverse to look better, so quality is also compare
 each model at the temperature that gives its samples the entropy of held-out data. That needs runs
 with --sweep. Rows of different seeds belong together if they are of the same model, steps and T.
 """
-import argparse
 import itertools
 import math
 
 import numpy as np
 
-from data.command import run_script
+from data.command import make_parser, run_script
 from experiments import common
 
 SHOWN = {"nfe": 1, "disc_calls": 1, "valid": 3, "post": 3, "judge_ppl": 2, "tv": 3, "js3": 3,
@@ -203,8 +202,7 @@ def plot(swept, path):
 
 
 def parse_flags(argv=None):
-    p = argparse.ArgumentParser(description="Tables and a plot of evaluation results.")
-    add = p.add_argument
+    p, add = make_parser("Tables and a plot of evaluation results.")
     add("file", help="results of experiments.evaluate --json, {label: {seed: run}}")
     add("--plot", help="draw quality against entropy, of the labels default and sdtt, as PNG")
     return p.parse_args(argv)

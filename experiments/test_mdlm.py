@@ -514,7 +514,8 @@ def test_the_imported_teacher_distils_and_goes_back(capsys):
 
 def test_unfold_writes_the_config_as_published(folder):
     net = model.Denoiser(model.Config(257, L, 1, 2, 32))
-    part = {"config": vars(net.config), "tokenizer": "bytes", "flags": {}, "kind": "teacher"}
+    part = {"config": vars(net.config), "tokenizer": "bytes", "kind": "teacher", "step": 0,
+            "flags": {"data": "c", "seed": 0}, "seconds": 0.0}
     model.save_checkpoint("t.pt", {"model": net, "ema": net}, **part)
     mdlm.main(["t.pt", "--unfold", "new/m.safetensors"])
     about = json.loads((folder / "new/config.json").read_text())
