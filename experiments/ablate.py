@@ -14,7 +14,7 @@ import subprocess
 import sys
 
 import distill
-from data import corpus
+from data import corpus, files
 from data.command import FROM_0, FROM_1, add_device_flags, make_parser, run_script, setup
 from experiments import common
 from experiments.evaluate import causal_judge
@@ -103,8 +103,9 @@ def main(argv=None):
     if os.path.isfile(args.causal):
         model = common.load_model(args.causal, device, bf16, ("causal",))
         judge = functools.partial(causal_judge, judge=model, batch=256)
-    common.add_run(args.file, "flags")  # an unwritable path must not show after minutes of work
-    results = common.read_results(args.file)
+    files.check_output(args.out, args.file)
+    common.add_run(args.file, "groups")  # an unwritable path must not show after minutes of work
+    results = common.read_results(args.file, "groups")
     so_far = itertools.accumulate(CUMULATIVE.values(), "{} {}".format)
     plan = {**dict(zip(CUMULATIVE, so_far)), **LEFT_OUT, **ONE_CHANGE}
     runs = list(itertools.product(args.seeds, plan))
@@ -117,8 +118,8 @@ def main(argv=None):
             distil(args, seed, flags)
         done = seed, flags
         row = measure(args, "guided" in label, judge, device, bf16)
-        common.add_run(args.file, "flags", label, seed, row)
-    print_table(common.read_results(args.file), plan)
+        common.add_run(args.file, "groups", label, seed, row)
+    print_table(common.read_results(args.file, "groups"), plan)
 
 
 if __name__ == "__main__":

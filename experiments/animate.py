@@ -6,7 +6,7 @@
 import itertools
 import time
 
-from data import corpus
+from data import corpus, files
 from data.command import SIZE, RATE, add_device_flags, make_parser, printable, run_script, setup
 from experiments import common
 
@@ -83,6 +83,7 @@ def animate(panels, args):
 
 def main(argv=None):
     args = parse_flags(argv)
+    files.check_output(args.out, args.teacher, args.student, args.causal)
     common.pyplot()  # or say at once that it is missing
     device, bf16 = setup(args)
     paths = {"teacher": args.teacher, "student": args.student, "autoregressive": args.causal}

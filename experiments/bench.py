@@ -251,7 +251,7 @@ def main(argv=None):
     args, more = parse_flags(argv)
     device, bf16 = setup(args)
     if args.json is not None:
-        common.add_run(args.json, "rows")  # an unwritable path must not show after minutes of work
+        common.add_run(args.json, "what")  # an unwritable path must not show after minutes of work
     if args.what == "models":
         rows = bench_models(args, device, bf16)
     elif args.what == "sampler":
@@ -260,7 +260,7 @@ def main(argv=None):
         rows = bench_training(args, more, device, bf16)
     if args.json is not None:
         run = {"rows": rows, "flags": vars(args), "hardware": common.hardware(device, bf16)}
-        common.add_run(args.json, "rows", args.label, args.seed, run)
+        common.add_run(args.json, "what", args.label, args.seed, run)
 
 
 if __name__ == "__main__":

@@ -130,21 +130,33 @@ def write_json(path, content):
         json.dump(content, f, indent=1)
 
 
-def read_results(path, holds="flags"):
-    """A results file {label: {seed: run}}, each run a dict with this key. ValueError if not."""
+def read_results(path, holds):
+    """A results file {label: {seed: run}}, of runs of a command that has this flag, each a dict
+    with "flags" and perhaps "rows", a list of dicts. ValueError if it is none."""
     try:
         with open(path, encoding="utf-8") as f:
             content = json.load(f)
-        for seeds in content.values():
-            if not all(holds in run for run in seeds.values()):
-                raise ValueError
-    except (OSError, ValueError, AttributeError, TypeError):
-        raise ValueError(f"{path!r} is no results file with {holds!r}: name another") from None
+        runs = [run for seeds in content.values() for run in seeds.values()]
+        good = all(holds in run["flags"] for run in runs)
+        good = good and all(is_row(row) for run in runs for row in run.get("rows", []))
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        good = False
+    if not good:
+        raise ValueError(f"{path!r} has no results of a command with --{holds}: name another")
     return content
+
+
+def is_row(row):
+    """Is this a line of a table: a name and numbers, none beyond all bounds, of a step or more?"""
+    shown = {"row", "sampler", "examples"}  # of these only the first is looked at
+    numbers = [row[name] for name in row.keys() - shown if (name, row[name]) != ("steps", None)]
+    good = all(type(x) in (int, float) and not 1e300 < abs(x) < math.inf for x in numbers)
+    return good and type(row["row"]) is str and (row.get("steps") is None or row["steps"] >= 1)
 
 
 def add_run(path, holds, label=None, seed=None, run=None):
     """Add a run to a results file, made if missing. Without one only see that this can be done.
+    It takes the place of one of the same label and seed, but never of another command's.
 
     The file is read again each time: another process may have added to it.
     """
@@ -160,7 +172,7 @@ def add_run(path, holds, label=None, seed=None, run=None):
 
 def spread(values, digits=3):
     """"mean +- standard deviation" of the values that are numbers, or "" if there are none."""
-    values = [v for v in values if v is not None and not math.isnan(v)]
+    values = [v for v in values if isinstance(v, (int, float)) and math.isfinite(v)]
     if not values:
         return ""
     text = f"{statistics.fmean(values):.{digits}f}"

@@ -220,7 +220,7 @@ def load(args, device, bf16):
 def main(argv=None):
     args = parse_flags(argv)
     if args.json:
-        common.add_run(args.json, "rows")  # unwritable: must not show after minutes of work
+        common.add_run(args.json, "sweep")  # unwritable: must not show after minutes of work
     device, bf16 = setup(args)
     models, data = load(args, device, bf16)
     config = next(iter(models.values()))["config"]
@@ -236,7 +236,7 @@ def main(argv=None):
         trained = flags["teacher" if args.rows == "teacher" else "student"]
         run = {"rows": rows, "training": flags, "hardware": common.hardware(device, bf16),
                "flags": vars(args)}
-        common.add_run(args.json, "rows", args.label, trained["seed"], run)
+        common.add_run(args.json, "sweep", args.label, trained["seed"], run)
 
 
 if __name__ == "__main__":

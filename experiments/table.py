@@ -12,7 +12,8 @@ import math
 
 import numpy as np
 
-from data.command import make_parser, run_script
+from data import files
+from data.command import make_parser, printable, run_script
 from experiments import common
 
 SHOWN = {"nfe": 1, "disc_calls": 1, "valid": 3, "post": 3, "judge_ppl": 2, "tv": 3, "js3": 3,
@@ -35,6 +36,11 @@ def key(row):
     return row["row"], row.get("steps"), row.get("T")
 
 
+def entropy_and(column, rows):
+    """(entropy, `column`) of the rows that have both, a list."""
+    return [(row["entropy"], row[column]) for row in rows if {"entropy", column} <= row.keys()]
+
+
 def at_one(rows, name, steps, column):
     """`column` of a model in so many steps at temperature 1; NaN where that was not measured."""
     mine = [row[column] for row in rows if key(row) == (name, steps, 1) and column in row]
@@ -46,8 +52,8 @@ def at_entropy(rows, name, steps, column, entropy):
 
     Linear between the temperatures measured, NaN outside them.
     """
-    mine = [row for row in rows if key(row)[:2] == (name, steps) and column in row]
-    points = sorted((row["entropy"], row[column]) for row in mine)
+    mine = [row for row in rows if key(row)[:2] == (name, steps)]
+    points = sorted(entropy_and(column, mine))
     if not points:
         return math.nan
     return float(np.interp(entropy, *zip(*points), left=math.nan, right=math.nan))
@@ -61,7 +67,7 @@ def steps_to_match(rows, column, student_steps=8, value=at_one):
     """
     sign = GOALS[column]
     goal = sign * value(rows, "student", student_steps, column)
-    steps = sorted({row["steps"] for row in rows if row["row"] == "teacher"})
+    steps = sorted({row.get("steps", 1) for row in rows if row["row"] == "teacher"})
     values = [sign * value(rows, "teacher", n, column) for n in steps]
     enough = [k for k, value in enumerate(values) if value >= goal]
     if not enough:
@@ -79,9 +85,22 @@ def over_seeds(seeds):
     """{key: rows}, one row of each seed that has it, of one label's {seed: run}."""
     together = {}
     for run in seeds.values():
-        for row in run["rows"]:
+        for row in run.get("rows", []):
             together.setdefault(key(row), []).append(row)
     return together
+
+
+def names_of(results):
+    """All that was measured, a set of names."""
+    groups = [over_seeds(seeds).values() for seeds in results.values()]
+    rows = itertools.chain.from_iterable(itertools.chain.from_iterable(groups))
+    return set(itertools.chain.from_iterable(rows))
+
+
+def of_data(rows):
+    """The entropy of held-out data, NaN if it was not measured."""
+    found = [row.get("entropy", math.nan) for row in rows if row["row"] == "held-out data"]
+    return found[0] if found else math.nan
 
 
 def is_sweep(seeds):
@@ -91,7 +110,7 @@ def is_sweep(seeds):
 
 def markdown(cells):
     """One line of a table."""
-    return "| " + " | ".join(map(str, cells)) + " |"
+    return printable("| " + " | ".join(map(str, cells)) + " |")
 
 
 def head(names):
@@ -102,10 +121,7 @@ def head(names):
 def print_means(results):
     """Mean +- standard deviation of each row; of a sweep only those at the usual temperature."""
     groups = {label: over_seeds(seeds) for label, seeds in results.items()}
-    measured = set()
-    for rows in groups.values():
-        for same in rows.values():
-            measured.update(same[0])
+    measured = names_of(results)
     shown = {name: digits for name, digits in SHOWN.items() if name in measured}
     print(head(["run", "seeds", "row", "steps", "T", *shown]))
     for label, rows in groups.items():
@@ -123,13 +139,14 @@ def print_equal_entropy(swept):
     """All models at the entropy of held-out data, and the steps that the student saves."""
     runs = {}  # label: of each seed the rows
     for label, seeds in swept.items():
-        runs[label] = [run["rows"] for run in seeds.values()]
-    measured = next(iter(runs.values()))[0][0]
+        runs[label] = [run.get("rows", []) for run in seeds.values()]
+    measured = names_of(swept)
     best = [name for name in BEST if name in measured]
     print("\nAt the entropy of held-out data (seeds: those whose temperatures reach it):\n")
     print(head(["run", "seeds", "model", "steps", *best]))
     for label, seeds in runs.items():
-        models = dict.fromkeys(key(row)[:2] for row in seeds[0] if row.get("T") not in (None, 1))
+        rows = itertools.chain.from_iterable(seeds)
+        models = dict.fromkeys(key(row)[:2] for row in rows if row.get("T") not in (None, 1))
         for name, steps in models:
             print(markdown(equal_entropy_cells(label, seeds, name, steps, best)))
 
@@ -143,7 +160,7 @@ def print_worth(results):
     for label, seeds in results.items():
         cells = []
         for steps, name in itertools.product((4, 8, 16), GOALS):
-            needed = [steps_to_match(run["rows"], name, steps) for run in seeds.values()]
+            needed = [steps_to_match(run.get("rows", []), name, steps) for run in seeds.values()]
             cells.append(" ".join(f"{n:.0f}" for n in needed))
         if set(" ".join(cells).split()) != {"nan"}:
             print(markdown([label, *cells]))
@@ -153,7 +170,7 @@ def equal_entropy_cells(label, seeds, name, steps, best):
     """A line of that table; seeds: of each seed the rows."""
     cells, reached = [], 0
     for column in best:
-        values = [at_entropy(rows, name, steps, column, rows[0]["entropy"]) for rows in seeds]
+        values = [at_entropy(rows, name, steps, column, of_data(rows)) for rows in seeds]
         reached = max(reached, sum(not math.isnan(value) for value in values))
         cells.append(common.spread(values, SHOWN[column]))
     if steps is None:
@@ -166,7 +183,7 @@ def curve(seeds, name, steps, column):
     """Mean entropy and mean `column` over seeds, at each temperature that all have: (T, 2)."""
     points = []
     for (row, n, T), same in over_seeds(seeds).items():
-        values = [(one["entropy"], one[column]) for one in same if column in one]
+        values = entropy_and(column, same)
         if (row, n) == (name, steps) and len(values) == len(seeds):
             points.append(np.mean(values, 0))
     return np.array(points).reshape(-1, 2)
@@ -177,8 +194,8 @@ def plot(swept, path):
     _, plt = common.pyplot()
     if not swept:
         raise ValueError("--plot: no run in that file was made with --sweep")
-    first = next(iter(next(iter(swept.values())).values()))["rows"][0]
-    columns = [column for column in AXES if column in first]
+    measured = names_of(swept)
+    columns = [column for column in AXES if column in measured]
     figure, axes = plt.subplots(1, len(columns), figsize=(5.5 * len(columns), 4.5),
                                 layout="constrained", squeeze=False)
     for ax, column in zip(axes[0], columns):
@@ -196,7 +213,8 @@ def plot(swept, path):
             ax.set_yscale("log")
         ax.grid(alpha=0.3)
     axes[0, -1].legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    with files.whole_file(path, "wb") as f:
+        figure.savefig(f, dpi=110, format="png")
     plt.close(figure)
     print(f"wrote {path}")
 
@@ -210,7 +228,9 @@ def parse_flags(argv=None):
 
 def main(argv=None):
     args = parse_flags(argv)
-    results = common.read_results(args.file, "rows")
+    results = common.read_results(args.file, "sweep")
+    if args.plot:
+        files.check_output(args.plot, args.file)
     print_means(results)
     swept = {label: seeds for label, seeds in results.items() if is_sweep(seeds)}
     print_worth(results)

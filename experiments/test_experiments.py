@@ -179,19 +179,21 @@ def test_memory_meter():
 
 
 def test_results_are_added_and_never_half_written(folder, capsys):
-    run = {"rows": [], "flags": {}}
-    common.add_run("r.json", "rows")
-    common.add_run("r.json", "rows", "a", 0, run)
-    common.add_run("r.json", "rows", "a", 1, run)
-    assert common.read_results("r.json", "rows") == {"a": {"0": run, "1": run}}
+    run = {"rows": [], "flags": {"sweep": 1}}
+    common.add_run("r.json", "sweep")
+    common.add_run("r.json", "sweep", "a", 0, run)
+    common.add_run("r.json", "sweep", "a", 1, run)
+    assert common.read_results("r.json", "sweep") == {"a": {"0": run, "1": run}}
+    with pytest.raises(ValueError, match="r.json"):
+        common.add_run("r.json", "what", "a", 1, {"rows": [], "flags": {"what": 1}})
     with pytest.raises(TypeError):
         common.write_json("r.json", {"a": torch})
-    assert len(common.read_results("r.json")["a"]) == 2
+    assert len(common.read_results("r.json", "sweep")["a"]) == 2
     for content in ("[]", "{", '{"a": {"0": {}}}', '{"a": 1}'):
         with open("odd.json", "w") as f:
             f.write(content)
         with pytest.raises(ValueError, match="odd.json"):
-            common.read_results("odd.json")
+            common.read_results("odd.json", "sweep")
 
 
 # ----------------------------------------------------------------------------------------- tables
