@@ -10,13 +10,12 @@ clipped (PPO) updates: each sample is used once, on policy.
 import argparse
 import copy
 import time
-from dataclasses import asdict
 
+from data import corpus, files  # before torch: Ctrl-C meanwhile is one word
 import torch
 from tqdm import tqdm
 
 import didi
-from data import corpus, files
 from data.command import (FROM_0, FROM_1, RATE, SHARE, SIZE, WEIGHT, add_run_flags, agree, between,
                           check_memory, make_parser, parse_run, progress, run_script, setup,
                           share_done, share_out, stop_requested)
@@ -211,7 +210,7 @@ def main(argv=None):
     reference = make_reference(args, data, teacher)
     nets = networks(args, teacher)
     step, seconds = restore(nets, ckpt, args.out)
-    about = {"kind": "student", "config": asdict(teacher.config), "tokenizer": data.tokenizer,
+    about = {"kind": "student", "config": vars(teacher.config), "tokenizer": data.tokenizer,
              "flags": vars(args)}
     return train(args, nets, teacher, reference, data, about, step, seconds)
 

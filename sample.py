@@ -12,11 +12,11 @@ import shutil
 import sys
 import time
 
+from data import corpus, files  # before torch: Ctrl-C meanwhile is one word
 import torch
 from tqdm import tqdm
 
 import didi
-from data import corpus, files
 from data.command import (FROM_1, RATE, SHARE, SIZE, WEIGHT, add_device_flags, check_memory,
                           make_parser, printable, run_script, setup)
 from model import Discriminator, load_checkpoint, restore

@@ -12,11 +12,11 @@ import importlib.util
 import math
 import time
 
+from data import corpus, files  # before torch: Ctrl-C meanwhile is one word
 import torch
 import torch.nn.functional as F
 
 import didi
-from data import corpus, files
 from data.command import (FROM_0, FROM_1, RATE, SHARE, SIZE, add_run_flags, agree, check_memory,
                           make_parser, parse_run, progress, run_script, setup, share_done,
                           share_out, stop_requested)

@@ -175,7 +175,7 @@ def progress(args, step, total):
     if RANK > 0:
         yield lambda row, table=False: check_finite(row)
         return
-    path, kept = log_path(args.out), []
+    path, kept = args.out.removesuffix(".pt") + ".jsonl", []
     with files.locked(path):
         if args.resume and os.path.isfile(path):  # a killed one's log is ahead of its checkpoint
             with open(path, encoding="utf-8", errors="replace") as f:
@@ -193,13 +193,6 @@ def progress(args, step, total):
                 bar.set_postfix_str(text)
                 bar.update()
             yield log
-
-
-def log_path(out):
-    """The log beside a checkpoint. ValueError if that is called as logs are."""
-    if out.endswith(".jsonl"):
-        raise ValueError(f"--out {out} is the name of a log: name a checkpoint, such as student.pt")
-    return out.removesuffix(".pt") + ".jsonl"
 
 
 # ----------------------------------------------------------------------------------------- memory

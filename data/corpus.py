@@ -31,9 +31,11 @@ import torch
 
 DEFAULT = "out/signatures"  # makes itself where it is missing
 MAKERS = ("signatures", "text", "fasta")  # modules whose `quality` a corpus may name
+META = {"maker": str, "tokenizer": str, "length": int, "framed": bool, "made_from": dict}
 MAGIC, VERSION, SHARD = 20240520, 1, 10 ** 9  # of llm.c's format; tokens in a file, about
 GPT2_FILES = {"vocab.bpe": "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",  # as tiktoken calls them
               "encoder.json": "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"}
+TOKENS = {"bytes": 257, "protein": 22, "gpt2": 50257}  # of each tokenizer, its end included
 AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWYX"  # the 20, and X for anything else
 
 
@@ -128,7 +130,7 @@ class Corpus:
     def rows(self, files):
         """All texts of a split of a corpus of rows."""
         count = self.count(files, self.length, self.length)
-        return self.decode(windows(files, np.arange(count), self.length, self.length))
+        return self.decode(self.sequences(files, np.arange(count), self.length, self.length))
 
     def count(self, files, stride, L):
         """How many sequences of L tokens a split has. ValueError if it has none."""
@@ -143,7 +145,7 @@ class Corpus:
         """n random training sequences (n, L), int64: rows, or windows of packed text."""
         stride = 1 if self.packed else self.length
         index = torch.randint(self.count(self.train, stride, L), (n,))
-        x = self.frame(windows(self.train, index.numpy(), stride, L))
+        x = self.frame(self.sequences(self.train, index.numpy(), stride, L))
         if torch.device(device).type == "cuda":
             x = x.pin_memory()
         return x.to(device, non_blocking=True)
@@ -153,7 +155,15 @@ class Corpus:
         stride = L if self.packed else self.length
         total = self.count(self.val, stride, L)
         index = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:n]
-        return self.frame(windows(self.val, index.numpy(), stride, L))
+        return self.frame(self.sequences(self.val, index.numpy(), stride, L))
+
+    def sequences(self, files, index, stride, L):
+        """`windows`, all of known tokens: no file was looked at as a whole before. ValueError."""
+        x, most = windows(files, index, stride, L), TOKENS[self.tokenizer]
+        if x.numel() and x.max() >= most:
+            raise ValueError(f"{self.folder} has token {x.max()}, but {self.tokenizer} has {most} "
+                             "tokens: make the corpus again")
+        return x
 
     def frame(self, x):
         """Sequences x (n, L) with their first and last token made ends, if framed; in place."""
@@ -225,18 +235,21 @@ def load(folder):
                          f"data.{maker} {folder}` first, which says what to give to --data")
     try:
         with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
-            meta = json.load(f)
+            meta = {"framed": False} | json.load(f)
         corpus = Corpus(folder, **meta, train=read_split(folder, "train"),
                         val=read_split(folder, "val"))
     except FileNotFoundError:
         raise ValueError(f"no corpus at {folder!r}: make one with `python -m data.text FILE`, "
                          "data.fasta or data.openwebtext, or name another with --data") from None
-    except (OSError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as e:
+    except (OSError, TypeError, RecursionError, json.JSONDecodeError, UnicodeDecodeError) as e:
         raise ValueError(f"{folder!r} is no corpus of this project ({e}): make it again") from None
-    kinds = type(corpus.length), type(corpus.framed)
-    if corpus.maker not in MAKERS or kinds != (int, bool) or corpus.length < 0:
-        raise ValueError(f"{folder}/meta.json names an unknown maker, length or frame: make it "
-                         "again, or add the maker to MAKERS in data/corpus.py")
+    good = {name: type(meta[name]) for name in META} == META and meta["maker"] in MAKERS
+    if not good or meta["length"] < 0 or meta["tokenizer"] not in TOKENS:
+        raise ValueError(f"{folder}/meta.json names an unknown maker, length, frame or tokenizer: "
+                         "make it again, or add the maker to MAKERS in data/corpus.py")
+    if any(len(tokens) % max(meta["length"], 1) for tokens in corpus.train + corpus.val):
+        raise ValueError(f"{folder} has not all rows of the length {meta['length']} that its "
+                         "meta.json names: make it again")
     return corpus
 
 

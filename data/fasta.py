@@ -13,10 +13,13 @@ import math
 import sys
 import zlib
 
+import torch
+
 from data import corpus
-from data.command import SIZE, make_parser, run_script
+from data.command import SIZE, free_memory, make_parser, run_script
 
 SHOWN = ("entropy", "length", "ks", "js2")  # what the tables of training show
+LONGEST = 1 << 24  # characters of a line
 K, SAME = 5, 0.5  # a sequence is novel if no training sequence has half of its 5-mers
 WINDOW, LOW = 12, 2.2  # low complexity: 12 residues of less than 2.2 bits, the trigger of SEG
 
@@ -40,8 +43,12 @@ def read_fasta(path):
 
 def parse(f, path):
     """The letters below each header of an open file, in upper case: a list of lines for each."""
-    sequences = []
-    for number, line in enumerate(f, 1):
+    sequences, room = [], free_memory(torch.device("cpu")) / 4
+    for number, line in enumerate(iter(lambda: f.readline(LONGEST), ""), 1):
+        room -= len(line) + 64  # bytes
+        if len(line) == LONGEST or room < 0:
+            raise ValueError(f"{path}, line {number} is too long, or the file, for the memory: "
+                             "give a part of it")
         letters = line.strip().removesuffix("*")
         if line.startswith(">"):
             sequences.append([])

@@ -10,12 +10,13 @@ import zipfile
 
 import torch
 
+from data.corpus import TOKENS
+
 try:
     import fcntl
 except ImportError:  # Windows: two runs with one --out are not noticed there
     fcntl = None
 
-VOCABULARIES = {"bytes": 257, "protein": 22, "gpt2": 50257}  # tokens of each tokenizer
 SWITCHES = {"causal", "pads", "framed"}  # of a config; its other entries are sizes
 SIZES = {"vocab_size", "length", "n_layer", "n_head", "n_embd"}
 TYPES = {"kind": str, "config": dict, "tokenizer": str, "flags": dict, "step": int,
@@ -56,21 +57,23 @@ def growing_file(path, lines):
     names = [f"{path}.partial", path]
 
     def write(text):
-        with open(names[0], "a", encoding="utf-8") as f:
-            f.write(text)
+        try:
+            with open(names[0], "a", encoding="utf-8") as f:
+                f.write(text)
+        except OSError as e:
+            raise OSError(f"{path} cannot be written: {e}") from None
 
     def keep():
         if len(names) > 1:
             os.replace(*names)
             names.pop(0)
     remove(names[0])
-    with open(names[0], "x", encoding="utf-8") as f:
-        f.writelines(lines)
+    write("".join(lines))
     try:
         yield write, keep
         keep()
     finally:
-        if not os.path.exists(path):
+        if not os.path.exists(path):  # no run before has one
             keep()
         remove(f"{path}.partial")
 
@@ -118,14 +121,15 @@ def check_output(path, *inputs, new_folder=True):
         raise ValueError(f"{path!r} is a folder: name a file in it")
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"{path!r} is no file: name another")
-    if path.endswith((".partial", ".lock")):
-        raise ValueError(f"{path!r} is a name for a moment: name another")
+    if path.endswith((".partial", ".lock", ".jsonl")):
+        raise ValueError(f"{path!r} is the name of a log, or one for a moment: name another")
     real = os.path.realpath(path)
-    for other in filter(None, inputs):
-        other = os.path.realpath(other)
+    for other in map(os.path.realpath, inputs):
         linked = os.path.isfile(path) and os.path.exists(other) and os.path.samefile(path, other)
-        if linked or real == other or os.path.dirname(real) == other:
-            raise ValueError(f"{path!r} would be written over what is read: name another file")
+        log = os.path.isfile(other) and other.removesuffix(".pt") == real.removesuffix(".pt")
+        if linked or log or other in (real, os.path.dirname(real)):
+            raise ValueError(f"{path!r} would be written over what is read, or its log over that "
+                             "one's: name another file")
     try:
         if new_folder:
             os.makedirs(os.path.dirname(real), exist_ok=True)
@@ -195,7 +199,7 @@ def check_config(config, kind, tokenizer, size):
     good |= {name: type(config[name]) is bool for name in SWITCHES}
     for name in (name for name in good if not good[name]):
         raise ValueError(f"'config' has {name} = {config[name]!r:.20}")
-    if VOCABULARIES.get(tokenizer) != config["vocab_size"]:
+    if TOKENS.get(tokenizer) != config["vocab_size"]:
         raise ValueError(f"'tokenizer' is {tokenizer:.20}, of {config['vocab_size']} tokens")
     if config["causal"] != (kind == "causal"):
         raise ValueError(f"'kind' is {kind:.20}, not as 'config' has it")

@@ -7,6 +7,7 @@
 The tars are downloaded to --cache, going on where an earlier try stopped, and streamed: nothing is
 unpacked to the disk.
 """
+import contextlib
 import http.client
 import itertools
 import lzma
@@ -41,6 +42,8 @@ def download(url, path):
 def fetch(url, partial):
     """Append to a file what it still lacks of url. OSError or HTTPException if not all comes."""
     done = 0
+    if os.path.islink(partial):  # what it leads to stays
+        os.remove(partial)
     if os.path.exists(partial):
         done = os.path.getsize(partial)
     request = urllib.request.Request(url)
@@ -106,9 +109,9 @@ def documents(cache, shards):
 
 def prepare(folder="out/openwebtext", shards=SHARDS, cache="out/downloads", framed=False):
     """Make the corpus of the first tars. Returns {"train": tokens, "val": ..}."""
-    pieces = text.show_progress(text.tokenize(documents(cache, shards)), "OpenWebText")
-    made_from = {"path": URL, "shards": shards}
-    return corpus.write(folder, pieces, "text", "gpt2", 0, made_from, framed)
+    pieces, made_from = text.tokenize(documents(cache, shards)), {"path": URL, "shards": shards}
+    with contextlib.closing(text.show_progress(pieces, "OpenWebText")) as shown:
+        return corpus.write(folder, shown, "text", "gpt2", 0, made_from, framed)
 
 
 def main(argv=None):

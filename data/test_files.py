@@ -3,8 +3,20 @@
 Checkpoints and command lines are those of toys, see test_didi.py.
 """
 import copy
+import gzip
+import io
+import itertools
+import json
+import lzma
 import math
 import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -15,7 +27,7 @@ import distill
 import model
 import sample
 import train_teacher
-from data import command, files
+from data import command, corpus, fasta, files, text
 from data.test_data import outcome
 from test_didi import DISTIL, HERE, ON_CPU, TEACH, load, tiny, toys  # noqa: F401
 
@@ -228,3 +240,323 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tiny, monkeypatch):
     ckpt, net = model.load_checkpoint("out/teacher.pt", ("teacher",))
     model.save_checkpoint("a.pt", {"model": net}, step=1)
     assert done == [os.path.getsize("a.pt"), "a.pt"]
+
+
+# -------------------------------------------------------------------- outputs, inputs and one's log
+def everything(folder):
+    """{path: bytes} of all files below a folder."""
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("script, flags", [
+    (distill, [*DISTIL, "--out", "out/teacher.pt"]), (distill, [*DISTIL, "--out", "out/teacher"]),
+    (distill, [*DISTIL, "--out", "out/signatures/a.pt"]), (distill, [*DISTIL, "--out", "link.pt"]),
+    (distill, [*DISTIL, "--out", "./out/../out/teacher.pt"]), (distill, [*DISTIL, "--out", "out/"]),
+    (distill, [*DISTIL, "--out", "hard.pt"]), (distill, [*DISTIL, "--out", "out/student.jsonl"]),
+    (distill, [*DISTIL, "--out", "fifo"]), (distill, [*DISTIL, "--out", "a.pt.partial"]),
+    (train_teacher, [*TEACH, "--out", "out/signatures/val.bin"]),
+    (train_teacher, [*TEACH, "--out", "out/signatures"]),
+    (train_teacher, [*TEACH, "--out", "new/"]), (train_teacher, [*TEACH, "--out", "hard.pt/a.pt"]),
+    (train_teacher, [*TEACH, "--out", "/proc/a.pt"]),
+    (sample, [*ON_CPU, "--out", "out/student.pt"]),
+    (sample, [*ON_CPU, "--out", "none/a.txt"])])
+def test_an_output_that_would_eat_something_is_refused(tiny, capsys, script, flags):
+    os.symlink("out/teacher.pt", "link.pt")
+    os.link("out/teacher.pt", "hard.pt")
+    os.mkfifo("fifo")
+    before = everything(tiny)
+    refused(script.main, flags, capsys, flags[-1])
+    assert everything(tiny) == before
+
+
+def test_logs_are_not_shared_and_outputs_beside_inputs_are_fine(tiny):
+    for name in ("run.v1", "run.v2", "out/signatures.pt"):
+        assert not distill.main([*DISTIL, "--out", name])
+    assert {"run.v1", "run.v2", "run.v1.jsonl", "run.v2.jsonl"} <= set(os.listdir())
+    assert (tiny / "run.v1.jsonl").read_text().count("\n") == 4  # three updates and a table
+    assert not [name for name in os.listdir() if name.endswith((".partial", ".lock"))]
+
+
+@BOTH
+def test_a_new_run_that_fails_leaves_the_checkpoint_and_the_log(tiny, capsys, script, flags):
+    """Its first updates go well; and one without a run before it leaves its own log."""
+    before = everything(tiny)
+    flags = [*flags, "--lr", "1e6", "--updates", "99", "--eval_every", "99", "--disc_warmup", "2"]
+    flags = flags[:-2] if script is train_teacher else flags
+    assert outcome(script.main, flags, capsys)[0] == 2 and everything(tiny) == before
+    assert outcome(script.main, [*flags, "--out", "a.pt"], capsys)[0] == 2
+    assert (tiny / "a.jsonl").read_text().startswith('{"step": 1,') and not (tiny / "a.pt").exists()
+
+
+@BOTH
+def test_the_checkpoint_is_there_before_the_table_of_its_step(tiny, monkeypatch, script, flags):
+    """What runs out of memory in an evaluation has lost nothing."""
+    def measures(*_):
+        raise MemoryError
+    monkeypatch.setattr(corpus.Corpus, "measures", measures)
+    with pytest.raises(MemoryError):
+        script.main([*flags, "--out", "a.pt", "--eval_every", "1"])
+    assert load("a.pt")[0]["step"] == 1 + (script is distill)
+
+
+def test_memory_that_runs_out_is_one_line(capsys):
+    for e in (MemoryError(), RuntimeError("[enforce fail] alloc_cpu: can't allocate memory: 9 TB"),
+              torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 TiB")):
+        def main(argv, e=e):
+            raise e
+        refused(main, [], capsys, "no memory is left: lower --batch")
+    with pytest.raises(RuntimeError, match="a fault"):  # of ours: a traceback
+        command.run_script(lambda: (_ for _ in ()).throw(RuntimeError("a fault")))
+
+
+@BOTH
+def test_two_runs_with_one_out_exclude_each_other(tiny, capsys, monkeypatch, script, flags):
+    """The second says which file, changes nothing; once the first is done its lock is gone."""
+    real, tried = script.update_ema, []
+
+    def update_ema(*args):
+        if not tried:
+            tried.append(everything(tiny))
+            monkeypatch.setattr(script, "update_ema", real)
+            code, _, err = outcome(script.main, [*flags, "--out", "a.pt"], capsys)
+            assert code == 2 and "error: a.jsonl is being written by another run" in err
+            assert everything(tiny) == tried[0]
+        real(*args)
+    monkeypatch.setattr(script, "update_ema", update_ema)
+    assert not script.main([*flags, "--out", "a.pt"]) and tried
+    assert not script.main([*flags, "--out", "a.pt"])
+
+
+def test_a_lock_dies_with_its_process_and_is_waited_for(tiny):
+    """Killed with the lock held: the file stays, the next one gets it; and two count to 200."""
+    program = """
+import os, signal, sys
+from data import files
+if sys.argv[1] == "die":
+    with files.locked("n"):
+        os.kill(os.getpid(), signal.SIGKILL)
+for _ in range(100):
+    with files.locked("n", wait=True):
+        n = int(open("n").read())
+        with files.whole_file("n") as f:
+            f.write(str(n + 1))
+"""
+    (tiny / "n").write_text("0")
+    how = {"env": os.environ | {"PYTHONPATH": HERE}}
+    assert subprocess.run([sys.executable, "-c", program, "die"], **how).returncode == -9
+    both = [subprocess.Popen([sys.executable, "-c", program, ""], **how) for _ in range(2)]
+    assert [p.wait(60) for p in both] == [0, 0] and (tiny / "n").read_text() == "200"
+    assert not os.path.exists("n.lock")
+
+
+def test_a_partial_file_that_is_somebodys_link_is_not_followed(tiny):
+    (tiny / "precious").write_text("mine")
+    for name in ("a.pt", "a.jsonl", "a.txt"):
+        os.symlink("precious", f"{name}.partial")
+    assert not distill.main([*DISTIL, "--out", "a.pt"])
+    assert not sample.main([*ON_CPU, "--num", "2", "--out", "a.txt"])
+    assert (tiny / "precious").read_text() == "mine" and load("a.pt")
+    os.symlink("precious", "b.jsonl.lock")
+    with pytest.raises(OSError):
+        distill.main([*DISTIL, "--out", "b.pt"])
+
+
+# ------------------------------------------------------------------------------------------- files
+def damage(path, place, token):
+    """Another token at this place of a file of tokens."""
+    tokens = np.memmap(path, "<u2", "r+", offset=1024)
+    tokens[place] = token
+    tokens.flush()
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("length", [0, 24])
+@pytest.mark.parametrize("token", [257, 65535])
+def test_tokens_that_there_are_not_are_refused(tiny, capsys, split, length, token):
+    """257 is the mask: a text with one would be learnt."""
+    maker = "signatures" if length else "text"
+    data = [("train", np.arange(4800) % 256), ("val", np.arange(4800) % 256)]
+    corpus.write("odd", data, maker, "bytes", length, {})
+    flags = [*TEACH, "--data", "odd", "--out", "a.pt", "--length", "24", "--batch", "4800"]
+    assert corpus.load("odd").batch(2, 24).max() < 256
+    damage(f"odd/{split}.bin", 100, token)
+    code, _, err = outcome(train_teacher.main, flags, capsys)
+    assert code == 2 and f"error: odd has token {token}, but bytes has 257 tokens" in err
+
+
+def test_rows_that_are_not_all_of_the_length_are_refused(tiny):
+    corpus.write("odd", [("train", range(48)), ("val", range(25))], "signatures", "bytes", 24, {})
+    with pytest.raises(ValueError, match="odd has not all rows of the length 24"):
+        corpus.load("odd")
+
+
+def test_the_table_of_vocabularies():
+    assert {name: corpus.make_tokenizer(name).n_vocab for name in ("bytes", "protein")} == {
+        name: number for name, number in corpus.TOKENS.items() if name != "gpt2"}
+    assert corpus.TOKENS["gpt2"] == 50257  # 256 bytes, 50,000 merges and the end
+
+
+class Endless(io.StringIO):
+    """An open file of which this comes for ever; at most ten million times."""
+
+    def __init__(self, *pieces):
+        super().__init__()
+        self.pieces = itertools.islice(itertools.cycle(pieces), 10 ** 7)
+
+    def readline(self, limit=-1):
+        return next(self.pieces)
+
+
+@pytest.mark.parametrize("pieces", [(">a\n", "ACDEF\n"), (">" + "a" * 999,), (";\n",), ("\n",)])
+def test_a_fasta_file_without_end_is_refused(monkeypatch, pieces):
+    monkeypatch.setattr(fasta, "free_memory", lambda device: 10 ** 7)
+    with pytest.raises(ValueError, match="p.fasta, line .* too long"):
+        fasta.parse(Endless(*pieces), "p.fasta")
+
+
+@pytest.mark.parametrize("pack", [gzip, lzma])
+def test_a_bomb_takes_little_memory(tiny, monkeypatch, pack):
+    """32 MB on one line in a few KB: text is read in pieces, of FASTA no more than a line."""
+    (tiny / "bomb").write_bytes(pack.compress(b"A" * 2 ** 25))
+    (tiny / "p").write_bytes(pack.compress(b">a\n" + b"A" * 2 ** 25))
+    monkeypatch.setattr(fasta, "LONGEST", 1 << 16)
+    tracemalloc.start()
+    assert sum(len(piece) for piece, _ in text.documents(["bomb"])) == 2 ** 25
+    with pytest.raises(ValueError, match="p, line 2 is too long"):
+        fasta.read_fasta("p")
+    assert tracemalloc.get_traced_memory()[1] < 12e6  # 8 of them are xz's own
+    tracemalloc.stop()
+
+
+def test_what_a_file_says_never_steers_the_terminal(tiny, capsys):
+    """An escape sequence in a header, a JSON name, the name of a file: one line, plain."""
+    (tiny / "p.fasta").write_text(">a\nAC\x1b[31mDE\n")
+    refused(fasta.main, ["p.fasta"], capsys, "p.fasta, line 2")
+    (tiny / "out/signatures/meta.json").write_text(json.dumps({"maker\x1b[2J\n": "x"}))
+    refused(train_teacher.main, TEACH, capsys, "signatures")
+    os.mkdir("t")
+    (tiny / "t/a\x1b[31m\n.txt").write_bytes(b"\xff" * 99)
+    code, _, err = outcome(text.main, ["t", "--tokenizer", "bytes"], capsys)
+    last = err.splitlines()[-1]
+    assert code == 2 and last.startswith("error: ") and last.isprintable() and ".txt" in last
+    assert "\x1b" not in err.replace("\x1b[A", "")
+
+
+# ------------------------------------------------------------------------------------- how it ends
+def program(tiny, *argv, **how):
+    """A script of ours in a process of its own."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", **how.pop("env", {})}
+    return subprocess.Popen([sys.executable, f"{HERE}/{argv[0]}", *argv[1:]], env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how)
+
+
+@pytest.mark.parametrize("script", ["train_teacher.py", "distill.py", "sample.py"])
+def test_ctrl_c_while_torch_is_imported_is_one_word(tiny, script):
+    (tiny / "stand_in").mkdir()
+    (tiny / "stand_in/torch.py").write_text("raise KeyboardInterrupt")
+    run = program(tiny, script, env={"PYTHONPATH": "stand_in"})
+    assert run.communicate(timeout=60) == ("", "stopped\n") and run.returncode == -signal.SIGINT
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("script", [train_teacher, distill, sample, text])
+def test_a_signal_in_the_preparation_ends_it_and_leaves_nothing(
+        tiny, capsys, monkeypatch, script, number, code):
+    """Before there is anything to save; a corpus that is half made is taken away."""
+    def stop(*_):
+        os.kill(os.getpid(), number)
+        time.sleep(9)
+    flags = {train_teacher: TEACH, distill: DISTIL, sample: ON_CPU,
+             text: ["a.txt", "--tokenizer", "bytes", "--out", "new"]}
+    for module, name in ((train_teacher, "networks"), (distill, "networks"),
+                         (sample, "start_states"), (text, "encode_batch")):
+        monkeypatch.setattr(module, name, stop)
+    (tiny / "a.txt").write_text("text " * 999)
+    before = everything(tiny)
+    found, _, err = outcome(script.main, flags[script], capsys)
+    assert found == code and "Traceback" not in err and everything(tiny) == before
+
+
+@BOTH
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("where", ["measures", "save"])
+def test_a_signal_in_a_table_or_while_saving_loses_nothing(
+        tiny, capsys, monkeypatch, script, flags, number, code, where):
+    def stop(*_, numbers=[number]):
+        if numbers:
+            os.kill(os.getpid(), numbers.pop())
+        return {}
+    if where == "measures":
+        monkeypatch.setattr(corpus.Corpus, "measures", stop)
+    else:
+        replace = os.replace
+        monkeypatch.setattr(os, "replace", lambda *names: stop() or replace(*names))
+    flags = [*flags, "--out", "a.pt", "--updates", "4", "--eval_every", "2"]
+    found, out, err = outcome(script.main, flags, capsys, resumes=True)
+    assert found == code and "all is saved: go on with" in out and "Traceback" not in err
+    assert load("a.pt")[0]["step"] == 3 + (script is distill)  # the step after the table's
+
+
+def in_a_child(main, limit):
+    """Exit code and stderr of main(), run in a child that can write files of so many bytes."""
+    said, says = os.pipe()
+    child, code = os.fork(), 99
+    if child == 0:
+        sys.stdout = sys.stderr = open(says, "w")
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        try:
+            command.run_script(main)
+        except SystemExit as e:
+            code = int(e.code is not None) and e.code
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
+    os.close(says)
+    with open(said) as f:
+        err = f.read()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), err
+
+
+KINDS_OF_WRITING = [(train_teacher.main, [*TEACH, "--out", "new/a.pt"]),
+                    (distill.main, [*DISTIL, "--out", "new/a.pt"]),
+                    (sample.main, [*ON_CPU, "--num", "999", "--out", "new/a.txt"]),
+                    (text.main, ["a.txt", "--tokenizer", "bytes", "--out", "new/a"]),
+                    (fasta.main, ["p.fasta", "--length", "16", "--out", "new/a"])]
+
+
+@pytest.mark.parametrize("limit", [0, 500, 5000])
+@pytest.mark.parametrize("main, flags", KINDS_OF_WRITING)
+def test_a_full_disk_is_one_line_and_nothing_half_written(tiny, main, flags, limit):
+    """At each kind of write: logs, checkpoints, samples, corpora; a limit on files is like one."""
+    os.mkdir("new")
+    (tiny / "a.txt").write_text("text " * 9999)
+    (tiny / "p.fasta").write_text("".join(f">\n{''.join('ACDEFGHIKL'[int(c)] for c in str(i))}\n"
+                                          for i in range(9999)))
+    code, err = in_a_child(lambda: main(flags), limit)
+    left = [name for name in os.listdir("new") if name != "a.jsonl"]
+    last = err.splitlines()[-1]
+    assert (code, left) == (2, []) and last.startswith("error: ") and "new/a" in last, err
+
+
+@BOTH
+def test_an_output_folder_that_goes_away_is_one_line(tiny, capsys, monkeypatch, script, flags):
+    real = script.update_ema
+
+    def update_ema(*args):
+        shutil.rmtree("new", ignore_errors=True)
+        real(*args)
+    monkeypatch.setattr(script, "update_ema", update_ema)
+    code, _, err = outcome(script.main, [*flags, "--out", "new/a.pt"], capsys)
+    assert code == 2 and err.splitlines()[-1].startswith("error: ") and "new/a" in err
+
+
+def test_a_training_whose_words_nobody_reads_is_no_success(tiny):
+    """`| head` ends it at its first table, and the checkpoint of that is saved."""
+    run = program(tiny, "distill.py", *DISTIL, "--updates", "9", "--eval_every", "2")
+    run.stdout.close()
+    assert run.wait(60) == 141 and "nobody reads" in run.stderr.read()
+    assert load("out/student.pt")[0]["step"] == 3
+    run = program(tiny, "sample.py", *ON_CPU, "--num", "9")
+    run.stdout.close()
+    assert run.wait(60) == 0 and "error" not in run.stderr.read()

@@ -9,6 +9,7 @@
 Files are UTF-8; a line <|endoftext|>, or the end of a file, ends a document.
 """
 import collections
+import contextlib
 import functools
 import glob
 import io
@@ -137,9 +138,9 @@ def prepare(path, folder, tokenizer="gpt2", framed=False):
         every = 20 if size < SMALL else 200
         limit = min(PIECE, max(64, size // 20))  # so that one small document is in both splits
         pieces = tokenize(documents(names, limit), every, tokenizer)
-    pieces = show_progress(pieces, os.path.basename(path))
     made_from = {"path": path, "files": len(names)}
-    return corpus.write(folder, pieces, "text", tokenizer, 0, made_from, framed)
+    with contextlib.closing(show_progress(pieces, os.path.basename(path))) as shown:
+        return corpus.write(folder, shown, "text", tokenizer, 0, made_from, framed)
 
 
 @functools.lru_cache(maxsize=2)
@@ -148,7 +149,7 @@ def common_words(data, L):
     last = data.count(data.train, L, L) - 1
     index = np.linspace(0, last, HELD_OUT).astype(int)
     words = collections.Counter()
-    for passage in data.decode(corpus.windows(data.train, index, L, L)):
+    for passage in data.decode(data.sequences(data.train, index, L, L)):
         words.update(WORD.findall(passage.lower()))
     return {word for word, _ in words.most_common(COMMON)}
 

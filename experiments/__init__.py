@@ -1,0 +1,1 @@
+import data  # noqa: F401  before torch: see there

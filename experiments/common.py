@@ -148,8 +148,8 @@ def read_results(path, holds):
 
 def is_row(row):
     """Is this a line of a table: a name and numbers, none beyond all bounds, of a step or more?"""
-    shown = {"row", "sampler", "examples"}  # of these only the first is looked at
-    numbers = [row[name] for name in row.keys() - shown if (name, row[name]) != ("steps", None)]
+    shown = {"row", "sampler", "examples", "flags"}  # of these only the first is looked at
+    numbers = [row[name] for name in row.keys() - shown if row[name] is not None]
     good = all(type(x) in (int, float) and not 1e300 < abs(x) < math.inf for x in numbers)
     return good and type(row["row"]) is str and (row.get("steps") is None or row["steps"] >= 1)
 

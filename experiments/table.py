@@ -38,12 +38,14 @@ def key(row):
 
 def entropy_and(column, rows):
     """(entropy, `column`) of the rows that have both, a list."""
-    return [(row["entropy"], row[column]) for row in rows if {"entropy", column} <= row.keys()]
+    pairs = [(row.get("entropy"), row.get(column)) for row in rows]
+    return [pair for pair in pairs if None not in pair]
 
 
 def at_one(rows, name, steps, column):
     """`column` of a model in so many steps at temperature 1; NaN where that was not measured."""
-    mine = [row[column] for row in rows if key(row) == (name, steps, 1) and column in row]
+    mine = [row.get(column) for row in rows if key(row) == (name, steps, 1)]
+    mine = [value for value in mine if value is not None]
     return mine[0] if mine else math.nan
 
 
@@ -67,7 +69,8 @@ def steps_to_match(rows, column, student_steps=8, value=at_one):
     """
     sign = GOALS[column]
     goal = sign * value(rows, "student", student_steps, column)
-    steps = sorted({row.get("steps", 1) for row in rows if row["row"] == "teacher"})
+    steps = {row.get("steps") for row in rows if row["row"] == "teacher"}
+    steps = sorted(steps - {None})
     values = [sign * value(rows, "teacher", n, column) for n in steps]
     enough = [k for k, value in enumerate(values) if value >= goal]
     if not enough:
@@ -99,8 +102,8 @@ def names_of(results):
 
 def of_data(rows):
     """The entropy of held-out data, NaN if it was not measured."""
-    found = [row.get("entropy", math.nan) for row in rows if row["row"] == "held-out data"]
-    return found[0] if found else math.nan
+    found = [row.get("entropy") for row in rows if row["row"] == "held-out data"]
+    return found[0] if found and found[0] is not None else math.nan
 
 
 def is_sweep(seeds):

@@ -439,3 +439,88 @@ def test_a_gpt2_that_cannot_be_loaded(models, gpt2_judge, monkeypatch, capsys):
     refused(evaluate.main, [*CPU, "--judge", "no/such/folder"], capsys, "no/such/folder")
     monkeypatch.setitem(sys.modules, "transformers", None)
     refused(evaluate.main, [*CPU, "--judge", "gpt2"], capsys, "pip install transformers")
+
+
+def good_run():
+    rows = [row("held-out data", None, 1.0, 0.9), row("teacher", 8, 1.0, 0.5),
+            row("teacher", 4, 0.9, 0.4), row("teacher", 8, 1.2, 0.3, 1.1),
+            row("student", 8, 0.9, 0.6), row("student", 4, 1.1, 0.5)]
+    return {"rows": rows, "flags": {"sweep": True}}
+
+
+def lie(*keys, to):
+    """The runs of two seeds with what is below these keys changed, as JSON."""
+    runs = {"default": {"0": good_run(), "1": good_run()}}
+    inner = runs
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = to
+    return json.dumps(runs)
+
+
+FIRST = ("default", "0", "rows")
+ODD = [lie(*keys, to=to) for keys, to in (
+    (("default",), []), (("default", "0"), None), (FIRST, 3), (FIRST, [3]), (FIRST, [{}]),
+    ((*FIRST, 1, "steps"), "8"), ((*FIRST, 1, "steps"), 0), ((*FIRST, 1, "steps"), -4),
+    ((*FIRST, 1, "post"), "high"), ((*FIRST, 1, "entropy"), [1.0]), ((*FIRST, 1, "T"), {}),
+    ((*FIRST, 1, "post"), 10 ** 400), ((*FIRST, 1, "post"), 1e308), ((*FIRST, 1, "row"), 8),
+    ((*FIRST, 1, "post"), True), (("default", "0", "flags"), None),
+    (("default", "0", "flags"), {"what": "models"}))]
+ODD += ["[" * 10 ** 5, '{"a":' * 10 ** 5, "9" * 5000, "", "null", "\udcff", '{"a": {"0": {}}}']
+
+
+@pytest.mark.parametrize("content", ODD)
+def test_a_results_file_of_any_json_is_one_line(folder, capsys, content):
+    with open("r.json", "w", encoding="utf-8", errors="surrogateescape") as f:
+        f.write(content)
+    for main, argv in ((table.main, ["r.json"]), (evaluate.main, ["--json", "r.json"])):
+        code, out, err = outcome(main, argv, capsys)
+        assert (code, out) == (2, "") and err.startswith("error: 'r.json' has no results")
+        assert err.count("\n") == 1
+    assert open("r.json", errors="surrogateescape", encoding="utf-8").read() == content
+
+
+@pytest.mark.parametrize("content", [lie(*keys, to=to) for keys, to in (
+    (FIRST, []), (("default",), {}), ((*FIRST, 1, "post"), None), ((*FIRST, 0, "entropy"), None),
+    ((*FIRST, 1, "steps"), None), ((*FIRST, 1, "post"), math.nan), ((*FIRST, 3, "T"), math.inf),
+    ((*FIRST, 0, "row"), "other"), (("\x1b[31m\n",), {}))])
+def test_what_was_not_measured_is_left_out(folder, capsys, content):
+    """And a label's escape sequence does not reach the terminal."""
+    with open("r.json", "w", encoding="utf-8") as f:
+        f.write(content)
+    assert not table.main(["r.json"])
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_tables_pair_rows_by_what_they_are(folder, capsys):
+    """Seeds whose rows stand in another order, and runs whose first row has not all columns."""
+    texts = []
+    for shuffle in (lambda rows: rows, lambda rows: rows[::-1]):
+        runs = {"default": {"0": good_run(), "1": good_run()}}
+        runs["default"]["1"]["rows"] = shuffle(runs["default"]["1"]["rows"])
+        with open("r.json", "w") as f:
+            json.dump(runs, f)
+        assert not table.main(["r.json"])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    del runs["default"]["0"]["rows"][0]["post"]
+    with open("r.json", "w") as f:
+        json.dump(runs, f)
+    assert not table.main(["r.json"])
+    assert "| post |" in capsys.readouterr().out
+
+
+def test_processes_add_to_one_results_file(folder):
+    """60 runs of three at the same time, none lost."""
+    children = []
+    for label in "abc":
+        children.append(os.fork())
+        if children[-1] == 0:
+            try:
+                for seed in range(20):
+                    common.add_run("r.json", "sweep", label, seed, good_run())
+            finally:
+                os._exit(0)
+    for child in children:
+        os.waitpid(child, 0)
+    assert sum(map(len, common.read_results("r.json", "sweep").values())) == 60

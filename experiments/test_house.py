@@ -12,7 +12,7 @@ SOURCES = sorted(path for folder in ("", "data/", "experiments/") for path in
 BUDGETS = {"didi.py": 300, "distill.py": 220, "model.py": 220, "train_teacher.py": 170,
            "sample.py": 160, "test_didi.py": 800, "README.md": 170}
 LAYERS = {"test_": ("",), "didi": (), "model": ("data.files",), "data.test_": ("",),
-          "data.corpus": (), "data.command": ("data.files",), "data.files": (),
+          "data.corpus": (), "data.command": ("data.files",), "data.files": ("data.corpus",),
           "data.": ("data.",), "experiments": ("",), "": ("didi", "model", "data.")}
 
 
