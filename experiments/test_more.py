@@ -676,3 +676,49 @@ def test_no_level_is_nearly_the_one_before_or_nearly_nothing():
     levels, tau, _ = didi.draw_levels(torch.full((4000,), 0.5), 3, 0.2, 0.2)
     for share in (levels[1] / levels[0], tau / levels[1]):
         assert share.min() == pytest.approx(0.02) and share.max() == pytest.approx(0.98)
+
+
+# ----------------------------------------------------------------------------------------- numbers
+def test_draws_at_gpt2s_vocabulary_have_its_law_down_to_tails_of_1e_9():
+    """A million draws: chi-square over groups of tokens, and how often rare ones come."""
+    weights = 1 / (1 + torch.randperm(10257, dtype=torch.float64))
+    tail = torch.full((20000,), 1e-9, dtype=torch.float64)  # first and last, where the sum is 1
+    law = torch.cat((tail, weights / weights.sum() * (1 - 4e-5), tail))  # (50257,)
+    rows = law.log().float().expand(50, -1)  # (n, V), num = 20,000 of each
+    drawn = didi.draw(rows, 20000).flatten()
+    check_law(drawn // 37, torch.stack([part.sum() for part in law.split(37)]))
+    check_law(drawn[:300_000], law)  # token by token; the rare ones pooled with the most frequent
+    for rare in (drawn < 20000, drawn >= 30257):
+        assert 1 <= rare.sum() <= 50  # Poisson of mean 20: chance 2e-9, 2e-9
+
+
+@pytest.mark.parametrize("preset", [[], ["--paper"]])
+def test_rewards_equal_up_to_rounding_have_no_advantage(preset):
+    """Ulps apart around any level; and as a network gives them for one state, in any place."""
+    args, ulps = distill.parse_flags(preset)[0], torch.randint(-2, 3, (4000,))
+    r = torch.linspace(-8, 8, 500).repeat_interleave(8) * (1 + 2 ** -23 * ulps)
+    assert didi.grouped_advantage(r, 8, eps=args.eps).abs().max() < 0.05
+    teacher = model.Denoiser(model.Config(257, 24, 2, 2, 32, pads=True))
+    for teacher.bf16 in (False, True):
+        disc = model.Discriminator(teacher)
+        disc.score[2].bias.data.fill_(6.0)
+        z = torch.randint(0, 258, (1, 24)).repeat(51, 1)
+        r = didi.reward(disc(z), disc.enters(z))
+        assert 1 < r.min() and didi.grouped_advantage(r, 17, eps=args.eps).abs().max() < 0.05
+
+
+def test_a_slow_average_loses_no_update():
+    """10,000 steps at decay .9999 in float32, after bfloat16 products, against float64."""
+    net, exact = model.Denoiser(model.Config(5, 4, 1, 1, 8)), {}
+    net.bf16, ema = True, copy.deepcopy(net)
+    net(torch.zeros(1, 4, dtype=torch.long)).float().sum().backward()
+    assert {p.dtype for of in (net, ema) for p in of.parameters()} == {torch.float32}
+    start = net.norm.weight.detach().double()
+    exact, moved = start.clone(), start.clone()
+    for _ in range(10_000):
+        moved += 1e-4  # as a small learning rate does
+        net.norm.weight.data.copy_(moved)
+        exact = 0.9999 * exact + 0.0001 * net.norm.weight.detach().double()
+        model.update_ema(ema, net, 0.9999)
+    assert (exact - start).min() > 0.3
+    assert (ema.norm.weight - exact).abs().max() < 1e-3 * (exact - start).min()
