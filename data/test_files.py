@@ -560,3 +560,68 @@ def test_a_training_whose_words_nobody_reads_is_no_success(tiny):
     run = program(tiny, "sample.py", *ON_CPU, "--num", "9")
     run.stdout.close()
     assert run.wait(60) == 0 and "error" not in run.stderr.read()
+
+
+# ------------------------------------------------------------------- faults that were found in use
+def test_a_corpus_that_was_moved_is_named_and_can_be_named_anew(tiny, capsys):
+    os.rename("out/signatures", "elsewhere")
+    os.mkdir("out/signatures")  # else the default corpus makes itself
+    for script, flags in ((distill, DISTIL), (train_teacher, [*TEACH, "--resume"])):
+        code, _, err = outcome(script.main, flags, capsys)
+        assert code == 2 and "no corpus at 'out/signatures'" in err and "--data" in err
+        assert not script.main([*flags, "--data", "elsewhere"])
+
+
+@BOTH
+def test_what_was_given_is_stored_not_what_was_settled(tiny, script, flags):
+    """So a run goes on another device with that one's own precision."""
+    assert not script.main([*flags[:-3], "--out", "a.pt"])  # neither --device nor --bf16
+    stored = load("a.pt")[0]["flags"]
+    assert stored["device"] == "auto" and stored["bf16"] is None
+    assert stored.get("compile", False) is False
+
+
+@pytest.mark.parametrize("capability, fast", [((7, 5), False), ((7, 0), False), ((8, 0), True)])
+def test_bfloat16_is_used_where_the_gpu_has_it(monkeypatch, capability, fast):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: None)
+    args, _ = train_teacher.parse_flags([])
+    assert command.setup(args) == (torch.device("cuda"), fast)
+    args.bf16 = not fast
+    assert command.setup(args) == (torch.device("cuda"), not fast)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_perplexity_does_not_depend_on_how_much_padding_there_is(causal):
+    """Of a network that finds all tokens equally likely: ln V for each, and for the length."""
+    found = []
+    for L in (16, 64):
+        net = model.Denoiser(model.Config(22, L, 1, 1, 8, causal, pads=True))
+        torch.nn.init.zeros_(net.out.weight)
+        torch.nn.init.zeros_(net.out.bias)
+        net.lengths.copy_(torch.eye(L + 1)[12])
+        x = torch.full((20000, L), 21)
+        x[:, :12] = torch.randint(0, 21, (20000, 12))
+        found.append(train_teacher.bound_and_loss(net, x)[0].item())
+    exact = math.log(22) * 13 / 12 if causal else math.log(21)  # the causal one writes its end
+    assert found == [pytest.approx(exact, rel=0.03)] * 2
+
+
+def test_samples_are_written_where_the_locale_knows_ascii_only(tiny):
+    env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    run = program(tiny, "sample.py", *ON_CPU, "--temperature", "5", "--out", "x.txt", env=env)
+    out, err = run.communicate(timeout=60)
+    text = (tiny / "x.txt").read_text("utf-8")
+    assert run.returncode == 0 and not text.isascii() and out.isascii(), err
+    assert out.splitlines()[1:] == text.encode("ascii", "replace").decode().splitlines()
+
+
+def test_a_notebook_goes_on_after_a_script(tiny, monkeypatch):
+    """A stdout without reconfigure; afterwards Ctrl-C and SIGTERM are as they were."""
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    with pytest.raises(SystemExit):
+        command.run_script(lambda: train_teacher.main([*TEACH, "--out", "a.pt"]))
+    assert "val_nelbo" in sys.stdout.getvalue()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
