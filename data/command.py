@@ -152,12 +152,17 @@ def check_finite(row):
         raise FloatingPointError(f"a number is not finite: lower --lr (step {row['step']})")
 
 
-def is_whole(line, step):
-    """Is this line of a log a row, or a table, of an update up to this one?"""
-    try:
-        return line.endswith("\n") and json.loads(line)["step"] <= step
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return False
+def rows_up_to(path, step):
+    """The lines of a log, none if it is not there, that are whole rows of updates up to `step`."""
+    def good(line):
+        try:
+            return line.endswith("\n") and json.loads(line)["step"] <= step
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return False
+    if not os.path.isfile(path):
+        return []
+    with open(path, encoding="utf-8", errors="replace") as f:
+        return [line for line in f if good(line)]
 
 
 @contextlib.contextmanager
@@ -177,9 +182,8 @@ def progress(args, step, total):
         return
     path, kept = args.out.removesuffix(".pt") + ".jsonl", []
     with files.locked(path):
-        if args.resume and os.path.isfile(path):  # a killed one's log is ahead of its checkpoint
-            with open(path, encoding="utf-8", errors="replace") as f:
-                kept = [line for line in f if is_whole(line, step)]
+        if args.resume:  # a killed one's log is ahead of its checkpoint, or not yet called so
+            kept = max(rows_up_to(path, step), rows_up_to(f"{path}.partial", step), key=len)
         with files.growing_file(path, kept) as (write, keep), \
                 tqdm(None, args.out, total, initial=step) as bar:
             def log(row, table=False):
