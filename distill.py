@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import didi
 from data.command import (FROM_0, FROM_1, RATE, SHARE, SIZE, WEIGHT, add_run_flags, agree, between,
-                          check_memory, make_parser, parse_run, progress, run_script, setup,
+                          check_update, make_parser, parse_run, progress, run_script, setup,
                           share_done, share_out, stop_requested)
 from model import (RANK, Discriminator, average_gradients, load_checkpoint, restore,
                    save_checkpoint, update_ema)
@@ -205,8 +205,7 @@ def main(argv=None):
     device, bf16 = setup(args)
     teacher, data = load_teacher(args, device, bf16)
     files.check_output(args.out, args.data, args.teacher)
-    rows, token = share_out("groups", args) * args.G, 8 * teacher.config.n_embd  # bytes
-    check_memory(teacher.config, device, 7, rows, token, "--groups")
+    check_update(args, teacher.config, device, bf16)
     reference = make_reference(args, data, teacher)
     nets = networks(args, teacher)
     step, seconds = restore(nets, ckpt, args.out)

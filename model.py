@@ -33,6 +33,7 @@ class Config:
     mask_id = property(lambda self: self.vocab_size)
     pad_id = property(lambda self: self.vocab_size - 1 if self.pads else -1)  # -1: there is none
     at_once = property(lambda self: max(1, 2 ** 29 // (self.length * self.vocab_size)))  # in 8 GB
+    part = property(lambda self: max(1, 2 ** 25 // self.vocab_size))  # rows of V numbers in 128 MiB
     row_length = property(lambda self: self.length if self.pads else 0)  # as of a data.corpus
 
 
@@ -110,10 +111,9 @@ class Denoiser(nn.Module):
     def in_parts(self, function, *rows):
         """function(*rows), tensors (n, ..) of tensors (n, ..), that makes tables (n, V): large ones
         part by part, and again in backward instead of kept."""
-        most = max(1, 2 ** 25 // self.config.vocab_size)
-        if len(rows[0]) <= most:
+        if len(rows[0]) <= self.config.part:
             return function(*rows)
-        parts = zip(*(of.split(most) for of in rows))
+        parts = zip(*(of.split(self.config.part) for of in rows))
         results = [checkpoint(function, *part, use_reentrant=False) for part in parts]
         return [torch.cat(of) for of in zip(*results)]
 

@@ -1,6 +1,7 @@
 """command.py - what all commands share: flags, the device, a log, stopping, errors in one line.
 
-Nothing here is about the method, or about data: makers of corpora and training scripts both run so.
+Nothing here is about the method (but the memory of an update), or about data: makers of corpora
+and training scripts both run so.
 """
 import argparse
 import contextlib
@@ -18,6 +19,7 @@ from data import files
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
 SHOWN = ("loss", "nelbo", "disc_acc", "spread", "kl")  # by the bar
+NETWORK = "--n_embd or --n_layer"  # what makes a network smaller
 
 
 # ------------------------------------------------------------------------------------------ flags
@@ -214,19 +216,55 @@ def free_memory(device):
     return free
 
 
+def weight_bytes(config, copies):
+    """Of so many copies of a network's weights (model.Config), gradients and moments among them."""
+    V, D = config.vocab_size, config.n_embd
+    return 4 * copies * (2 * V * D + 12 * config.n_layer * D ** 2)
+
+
+def token_bytes(args, config, bf16):
+    """Of each token, kept for backward in an update of distill.py: by the student's blocks in every
+    step, the first of which has one state for G samples, and by the discriminator's that train.
+
+    A block keeps 76 bytes of each of D numbers, with bfloat16 40 on a GPU (on a CPU 46).
+    """
+    blocks = config.n_layer * (args.K - 1 + 1 / args.G) + min(args.disc_blocks, config.n_layer)
+    kept = 40 if bf16 else 76
+    return kept * config.n_embd * blocks
+
+
+def update_bytes(args, config, bf16, rows):
+    """Of an update of distill.py with so many rows in a part, beyond weights and what is theirs.
+
+    Of (n, V) log-probabilities, in parts, three float32 tables are there at once at least. All is
+    counted by `python -m experiments.bench memory`.
+    """
+    tables = 12 * config.vocab_size * min(rows // args.G * config.length, config.part)
+    return rows * config.length * token_bytes(args, config, bf16) + tables
+
+
+def refuse_more(needs, device):
+    """Raises ValueError if a device has not so many bytes; needs: {what to lower: bytes}."""
+    need, free = sum(needs.values()), free_memory(device)
+    if need > free:
+        raise ValueError(f"at least {need / 2 ** 30:.3g} GiB of memory would be needed, and "
+                         f"{free / 2 ** 30:.3g} are free: lower {max(needs, key=needs.get)}")
+
+
 def check_memory(config, device, copies, rows, token, flag):
     """Raises ValueError if a network (model.Config) surely does not fit, or so many rows at once.
 
     copies: of its weights, with gradients and moments, in memory; token: bytes for each of a row;
     flag: what makes rows fewer. All are counted low: a run that would fit is never refused.
     """
-    V, D = config.vocab_size, config.n_embd
-    needs = {"--n_embd or --n_layer": 4 * copies * (2 * V * D + 12 * config.n_layer * D ** 2),
-             flag: rows * config.length * token}
-    need, free = sum(needs.values()), free_memory(device)
-    if need > free:
-        raise ValueError(f"at least {need / 2 ** 30:.3g} GiB of memory would be needed, and "
-                         f"{free / 2 ** 30:.3g} are free: lower {max(needs, key=needs.get)}")
+    refuse_more({NETWORK: weight_bytes(config, copies), flag: rows * config.length * token}, device)
+
+
+def check_update(args, config, device, bf16):
+    """The same for an update of distill.py, whose teacher is there already."""
+    rows = share_out("groups", args) * args.G
+    refuse_more({NETWORK: weight_bytes(config, 6), "--groups, or raise --accumulate":
+                 update_bytes(args, config, bf16, rows)}, device)
 
 
 # ------------------------------------------------------------------------------------ how it ends

@@ -4,16 +4,20 @@
     python -m experiments.bench training --size small          # a training step of the teacher
     python -m experiments.bench distillation --accumulate 4    # an update of the student
     python -m experiments.bench sampler                        # against the usual sampler
+    python -m experiments.bench memory --paper --groups 4      # bytes of an update, counted
 
-`training` takes the flags of train_teacher.py, `distillation` those of distill.py. With --json the
-rows go into that file under --label, beside what is in it.
+`training` takes the flags of train_teacher.py, `distillation` and `memory` those of distill.py.
+With --json the rows go into that file under --label, beside what is in it.
 """
 import itertools
 import os
 import time
+import weakref
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -23,19 +27,21 @@ import train_teacher
 from data import corpus
 from experiments import common
 from data.command import (SIZE, add_device_flags, check_memory, make_parser, run_script, setup,
-                          share_out)
+                          share_out, token_bytes, update_bytes, weight_bytes)
+from experiments.mdlm import PUBLISHED
 from model import Config, Denoiser, update_ema
 
 # bfloat16, dense, FLOP/s, by the makers (SXM where there is one)
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12, "4090": 165e12}
 MODELS = (("teacher", 256), ("teacher", 1024), ("student", 8), ("student", 16),
           ("student, guided", 8), ("autoregressive", None))
+TAUS = (0.02, 0.5, 0.98)  # a level over the one before: the lowest, the middle, the highest
 SAMPLERS = {"student, guided": "rgas", "autoregressive": "autoregressive"}  # else "ancestral"
 
 
 def parse_flags(argv=None):
     p, add = make_parser("Speed and memory.", allow_abbrev=False)
-    add("what", choices=("models", "training", "distillation", "sampler"))
+    add("what", choices=("models", "training", "distillation", "sampler", "memory"))
     add("--teacher", default="out/teacher.pt", help="checkpoint of train_teacher.py")
     add("--student", default="out/student.pt", help="checkpoint of distill.py")
     add("--causal", default="out/causal.pt", help="of train_teacher.py --causal, if it is there")
@@ -247,6 +253,137 @@ def bench_sampler(device, bf16, config=Config(50257, 256, 6, 6, 384), B=2, first
     return rows
 
 
+# ------------------------------------------------------------------------------------------ memory
+class TensorBytes(TorchDispatchMode):
+    """Counts within it the bytes of tensors that are made there: .live now, .peak at most.
+
+    A storage counts once, whatever views it has and whoever writes into it, until nobody holds it
+    any more. What a kernel takes within itself, and an allocator beside it, is not seen.
+    """
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak, self.sizes = 0, 0, {}  # {storage: its bytes, 0 if it was there}
+
+    def see(self, tensors, made):
+        """Note the storages that are not known yet; made: 0 for those that were there, or 1."""
+        for x in tree_leaves(tensors):
+            if not torch.is_tensor(x) or x.untyped_storage()._cdata in self.sizes:
+                continue
+            storage = x.untyped_storage()
+            self.sizes[storage._cdata] = made * storage.nbytes()
+            self.live += made * storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self.forget, storage._cdata)
+
+    def forget(self, key):
+        self.live -= self.sizes.pop(key)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if kwargs is None:
+            kwargs = {}
+        self.see((args, kwargs), 0)
+        result = function(*args, **kwargs)
+        self.see(result, 1)
+        return result
+
+
+def update_peak(flags, config, bf16, device, tau=0.5):
+    """Bytes at the peak of an update in which each level is tau times the one before, beyond the
+    networks' weights, gradients and moments, which are there from the start."""
+    torch.manual_seed(0)
+    flags.beta = 1e6 * tau, 1e6 * (1 - tau)
+    teacher = Denoiser(config).to(device).requires_grad_(False)
+    teacher.bf16 = bf16
+    nets = distill.networks(flags, teacher)
+    for net, optimizer in (("model", "opt"), ("disc", "disc_opt")):
+        for p in [p for p in nets[net].parameters() if p.requires_grad]:
+            p.grad = torch.zeros_like(p)
+        nets[optimizer].step()  # makes the moments; the weights stay
+
+    def reference(n):
+        return torch.randint(config.vocab_size, (n, config.length), device=device)
+    with TensorBytes() as count:
+        distill.update(flags, nets, teacher, reference, flags.groups, True)
+    return count.peak
+
+
+def sampling_peak(config, bf16, device):
+    """Bytes at the peak of a step in which as many sequences are written as go at once."""
+    net = Denoiser(config).to(device).requires_grad_(False)
+    net.bf16, z = bf16, net.start(torch.full((config.at_once,), config.length, device=device))
+    with TensorBytes() as count:
+        didi.sample(net, z, 1, config.mask_id)
+    return count.peak
+
+
+def count_blocks(flags, bf16, device):
+    """Bytes of a token that four blocks more keep in an update: counted, and as estimated."""
+    short, long = (Config(31, 128, n_layer, 2, 64) for n_layer in (8, 12))
+    tokens = flags.groups * flags.G * short.length
+    more = [update_peak(flags, config, bf16, device) for config in (short, long)]
+    estimates = [token_bytes(flags, config, bf16) for config in (short, long)]
+    return (more[1] - more[0]) / tokens, estimates[1] - estimates[0]
+
+
+def fixed_bytes(flags, config):
+    """Of the weights of teacher, student, average and discriminator, and of the gradients and both
+    moments of what trains."""
+    with torch.device("meta"):
+        teacher = Denoiser(config).requires_grad_(False)
+        nets = distill.networks(flags, teacher)
+    each = torch.nn.ModuleList((teacher, nets["model"], nets["ema"], nets["disc"]))
+    trains = [p for p in each.parameters() if p.requires_grad]
+    return sum(p.nbytes for p in each.parameters()) + 3 * sum(p.nbytes for p in trains)
+
+
+def bench_memory(more, device, bf16, config=Config(50257, 1024, 1, 1, 8), wide=PUBLISHED):
+    """Count an update's bytes, all rows in one part, on a random network with hardly a trunk; what
+    blocks keep; from both what a GPU holds of a network as `wide`. Prints and returns the rows.
+
+    Beyond weights, gradients and moments; in units of a float32 table (n, V) of all n tokens.
+    """
+    flags, _ = distill.parse_flags(more)
+    flags.accumulate, B = 1, flags.groups * flags.G
+    unit, rows = 4 * config.vocab_size * B * config.length, []
+    print(f"V {config.vocab_size:,}, {B} sequences of {config.length:,} in one part, in units of "
+          f"4V bytes per token, {unit / 1e9:.3g} GB:")
+    for tau in TAUS:
+        peak = update_peak(flags, config, bf16, device, tau)
+        rows.append({"row": "update", "tau": tau, "bytes": peak, "units": peak / unit})
+        print(f"update, levels {tau} of the one before: {peak / unit:.3f}, {peak / 1e9:.3g} GB",
+              flush=True)
+    peak = sampling_peak(config, bf16, device)
+    rows.append({"row": "sampling", "sequences": config.at_once, "bytes": peak})
+    print(f"sampling {config.at_once} sequences at once: {peak / 1e9:.3g} GB")
+    for name, half in (("float32", False), ("bfloat16", True)):
+        counted, estimate = count_blocks(flags, half, device)
+        rows.append({"row": f"blocks, {name}", "bytes": counted, "estimate": estimate})
+        print(f"what blocks keep in {name}, on {device.type}: {counted / estimate:.2f} times the "
+              "estimate")
+    return rows + largest_batches(flags, wide, max(row["bytes"] for row in rows[:len(TAUS)]))
+
+
+def largest_batches(flags, config, tables):
+    """Prints and returns rows: how many sequences an update holds at once, weights included.
+
+    What the tables take was counted, blocks are estimated; with bfloat16, on a GPU.
+    """
+    fixed, rows = fixed_bytes(flags, config), []
+    sequence, B = config.length * token_bytes(flags, config, True), flags.groups * flags.G
+    total = fixed + tables + B * sequence
+    estimate = weight_bytes(config, 7) + update_bytes(flags, config, True, B)
+    print(f"{config.n_layer} x {config.n_embd}: weights, gradients, moments {fixed / 1e9:.3g} GB, "
+          f"a sequence {sequence / 1e9:.3g} GB, so {B} take {total / 1e9:.3g} GB; distill.py's own "
+          f"estimate is {estimate / 1e9:.3g}")
+    rows.append({"row": "total", "sequences": B, "bytes": total, "estimate": estimate,
+                 "fixed": fixed, "sequence": sequence})
+    for size in (24, 80):
+        most = int((size * 1e9 - fixed - tables) // sequence)
+        rows.append({"row": f"{size} GB", "sequences": most})
+        print(f"{size} GB hold {most} sequences in one part")
+    return rows
+
+
 def main(argv=None):
     args, more = parse_flags(argv)
     device, bf16 = setup(args)
@@ -256,6 +393,8 @@ def main(argv=None):
         rows = bench_models(args, device, bf16)
     elif args.what == "sampler":
         rows = bench_sampler(device, bf16)
+    elif args.what == "memory":
+        rows = bench_memory(more, device, bf16)
     else:
         rows = bench_training(args, more, device, bf16)
     if args.json is not None:

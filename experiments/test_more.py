@@ -324,6 +324,58 @@ def test_bench_counts_the_flops_of_a_product(monkeypatch):
     assert row["tokens_per_s"] == pytest.approx(640)
 
 
+def test_bytes_of_tensors_are_counted_as_by_hand():
+    """Of 4 bytes each: views, and what is written in place, count once; what is freed no more."""
+    old, weight = torch.zeros(1000), torch.ones(1000, requires_grad=True)
+    with bench.TensorBytes() as count:
+        a = old + 1  # 4,000 bytes
+        rows = a.view(10, 100)[2:]
+        rows.mul_(2)
+        old.add_(1)
+        del a  # but for `rows`, which hold all of it
+        assert (count.live, count.peak) == (4000, 4000)
+        both = torch.cat((rows.flatten(), old))  # 4 * (800 + 1000) more
+        assert (count.live, count.peak) == (11200, 11200)
+        del rows
+        assert len(both[::2].clone()) == 900 and count.peak == 11200  # 7200 + 3600 are less
+        assert count.live == 7200
+        del both
+        weight.exp().sum().backward()  # exp, its sum and the gradient of that, 1, and of `weight`
+    assert (count.live, count.peak) == (4000, 11200)
+    with bench.TensorBytes() as count:
+        weight.exp().sum().backward()  # the new gradient is added in place to the old one
+    assert (count.live, count.peak) == (0, 8008)
+
+
+@pytest.mark.parametrize("flags", ["--paper", "", "--K 1", "--disc_blocks 0", "--kl .1 --K 2"])
+@pytest.mark.parametrize("shape, part, most", [
+    ((31, 128, 6, 2, 64), 999, 1.25), ((5000, 32, 1, 1, 8), 60, 3), ((5000, 32, 1, 1, 8), 999, 99)])
+def test_the_estimate_of_an_updates_memory_is_low(monkeypatch, flags, shape, part, most):
+    """Of blocks by a quarter at most, of (n, V) tables in parts less than threefold."""
+    monkeypatch.setattr(model.Config, "part", part)
+    words = [*flags.split(), "--groups", "2", "--mask_share", "1"]
+    args, config = distill.parse_flags(words)[0], model.Config(*shape)
+    counted = bench.update_peak(args, config, False, torch.device("cpu"), 0.98)
+    assert 1 < counted / command.update_bytes(args, config, False, 2 * args.G) < most
+
+
+def test_bench_of_memory(folder, monkeypatch, capsys):
+    monkeypatch.setattr(model.Config, "at_once", 3)
+    tiny = model.Config(50, 16, 1, 1, 8)
+    monkeypatch.setattr(bench.bench_memory, "__defaults__", (tiny, tiny))
+    argv = ["memory", "--groups", "1", "--G", "2", "--device", "cpu", "--json", "m.json"]
+    assert not bench.main(argv)
+    rows = json.load(open("m.json"))["default"]["0"]["rows"]
+    assert [row["tau"] for row in rows[:3]] == [0.02, 0.5, 0.98]
+    assert all(row["bytes"] == row["units"] * 4 * 50 * 2 * 16 for row in rows[:3])
+    total, (few, many) = rows[-3], (row["sequences"] for row in rows[-2:])
+    left = 24e9 - total["bytes"] - (few - 2) * total["sequence"]  # "bytes" are with 2 sequences
+    assert 0 <= left < total["sequence"]
+    assert many - few == pytest.approx(56e9 / total["sequence"], abs=1)
+    out = capsys.readouterr().out
+    assert f"24 GB hold {few} sequences in one part" in out and "times the estimate" in out
+
+
 def test_bench_of_models(folder, capsys):
     assert not bench.main(["models", "--device", "cpu", "--at_once", "3", "--json", "b.json"])
     rows = json.load(open("b.json"))["default"]["0"]["rows"]
