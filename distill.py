@@ -2,6 +2,7 @@
 
     python distill.py                       # out/teacher.pt -> out/student.pt, some 4 minutes
     python distill.py --paper               # the paper's own objective, at our size
+    python distill.py --paper_scale         # its whole experiment: a teacher of experiments.mdlm
     torchrun --standalone --nproc_per_node=8 distill.py
 
 `update` is the algorithm, numbered as in the README. Left out on purpose: replay of old samples and
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 import didi
 from data.command import (FROM_0, FROM_1, RATE, SHARE, SIZE, WEIGHT, add_run_flags, agree, between,
-                          check_update, make_parser, parse_run, progress, run_script, setup,
+                          fit_update, make_parser, parse_run, progress, run_script, setup,
                           share_done, share_out, stop_requested)
 from model import (RANK, Discriminator, average_gradients, load_checkpoint, restore,
                    save_checkpoint, update_ema)
@@ -25,12 +26,16 @@ from model import (RANK, Discriminator, average_gradients, load_checkpoint, rest
 PAPER = {"mask_share": 1.0, "groups": 32, "G": 4, "K": 2, "w": True, "pi": True, "smoothing": 0.1,
          "kl_kind": "forward", "kl": 0.1, "entropy": 0.01, "reference": "teacher", "eps": 1e-4,
          "coupled": True}  # but for the learning rate: theirs is 1e-6, for 169 M parameters
+SCALE = PAPER | {"groups": 4, "disc_blocks": 4, "disc_warmup": 0, "lr": 1e-6, "disc_lr": 1e-5,
+                 "ema": 0.999, "updates": 10_000, "reference": "data", "eval_every": 500,
+                 "accumulate": None}  # as many parts as the free memory wants
 
 
 def parse_flags(argv=None):
     p, add = make_parser("Distil the teacher into a few-step student.")
     on_off = argparse.BooleanOptionalAction
     add("--paper", action="store_true", help="the paper's objective; flags given still win over it")
+    add("--paper_scale", action="store_true", help="that, with its settings for 169 M parameters")
     # 1. rollout
     add("--groups", type=SIZE, default=16, help="groups per update")
     add("--G", type=between(2, 2 ** 20, int), default=8, help="samples per group")
@@ -60,6 +65,8 @@ def parse_flags(argv=None):
     add_run_flags(add, eval_every=60, out="out/student.pt")
     if p.parse_args(argv).paper:
         p.set_defaults(**PAPER)
+    if p.parse_args(argv).paper_scale:
+        p.set_defaults(**SCALE)
     return parse_run(p, argv, lambda path: load_checkpoint(path, ("student",))[0])
 
 
@@ -115,13 +122,6 @@ def reward_levels(args, tau, pi):
     return tau, w
 
 
-def compared_with(args, teacher, moving):
-    """The network that rollouts are compared with, or None (kl is 0) where that has no weight."""
-    if moving and args.kl > 0:
-        return teacher
-    return None
-
-
 def descend(net, optimizer):
     """One optimiser step with gradients clipped to norm 1; returns the norm before clipping."""
     average_gradients(net)
@@ -141,7 +141,7 @@ def update(args, nets, teacher, reference, groups, moving):
         levels, tau, pi = didi.draw_levels(t, args.K, *args.beta)  # (K + 1, groups), (groups,)
         z_t = didi.forward_mask(reference(groups), t, mask_id, pad_id)  # the length comes first
         with torch.set_grad_enabled(moving):
-            compared = compared_with(args, teacher, moving)
+            compared = teacher if moving and args.kl > 0 else None  # and then kl is 0
             x, log_prob, (kl, entropy) = didi.rollout(student, z_t, levels, mask_id, G, compared,
                                                       args.kl_kind)  # (B, L), (B,), (2,)
         # 2. mask x again at a level of its own, or (coupled time) at tau, and a reference alike
@@ -205,7 +205,7 @@ def main(argv=None):
     device, bf16 = setup(args)
     teacher, data = load_teacher(args, device, bf16)
     files.check_output(args.out, args.data, args.teacher)
-    check_update(args, teacher.config, device, bf16)
+    fit_update(args, teacher.config, device, bf16)
     reference = make_reference(args, data, teacher)
     nets = networks(args, teacher)
     step, seconds = restore(nets, ckpt, args.out)

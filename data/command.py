@@ -260,11 +260,25 @@ def check_memory(config, device, copies, rows, token, flag):
     refuse_more({NETWORK: weight_bytes(config, copies), flag: rows * config.length * token}, device)
 
 
-def check_update(args, config, device, bf16):
-    """The same for an update of distill.py, whose teacher is there already."""
-    rows = share_out("groups", args) * args.G
-    refuse_more({NETWORK: weight_bytes(config, 6), "--groups, or raise --accumulate":
-                 update_bytes(args, config, bf16, rows)}, device)
+def fit_update(args, config, device, bf16):
+    """The same for an update of distill.py, whose teacher is there already; and --accumulate, where
+    it is None, is settled and told: the fewest parts of which one leaves half of the free memory,
+    for what is not counted."""
+    most, free = max(args.groups // WORLD, 1), free_memory(device)
+
+    def needs(parts):
+        return {NETWORK: weight_bytes(config, 6), "--groups, or raise --accumulate":
+                update_bytes(args, config, bf16, most // parts * args.G)}
+    if args.accumulate is None:
+        whole = [parts for parts in range(1, most + 1) if most % parts == 0]
+        fit = [parts for parts in whole if 2 * sum(needs(parts).values()) <= free]
+        args.accumulate = int(agree(min([*fit, most]))[0])
+        if RANK == 0:
+            need = sum(needs(args.accumulate).values()) / 2 ** 30
+            print(f"--accumulate {args.accumulate}: some {need:.3g} GiB of memory for a part, and "
+                  f"{free / 2 ** 30:.3g} are free")
+    share_out("groups", args)  # raises for what is no whole part
+    refuse_more(needs(args.accumulate), device)
 
 
 # ------------------------------------------------------------------------------------ how it ends

@@ -26,8 +26,8 @@ import distill
 import train_teacher
 from data import corpus
 from experiments import common
-from data.command import (SIZE, add_device_flags, check_memory, make_parser, run_script, setup,
-                          share_out, token_bytes, update_bytes, weight_bytes)
+from data.command import (SIZE, add_device_flags, check_memory, fit_update, make_parser, run_script,
+                          setup, share_out, token_bytes, update_bytes, weight_bytes)
 from experiments.mdlm import PUBLISHED
 from model import Config, Denoiser, update_ema
 
@@ -132,6 +132,7 @@ def teacher_step(args, device, bf16):
 def distillation_update(args, device, bf16):
     """An update as in distill.py, as a function; and its tokens."""
     teacher, data = distill.load_teacher(args, device, bf16)
+    fit_update(args, teacher.config, device, bf16)
     reference = distill.make_reference(args, data, teacher)
     nets, groups = distill.networks(args, teacher), share_out("groups", args)
 

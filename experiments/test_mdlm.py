@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 import distill
 import model
-from data import corpus
+from data import command, corpus
 from experiments import mdlm, sdtt
 from experiments.test_runs import outcome, refused
 
@@ -481,13 +481,36 @@ def test_views_of_less_than_they_show_are_not_taken():
 
 
 # ---------------------------------------------------------------------------------------- commands
-def test_the_imported_teacher_distils_and_goes_back(capsys):
-    """python -m experiments.mdlm, distill.py, sdtt.py; the students in MDLM's form are the same."""
+def import_teacher():
+    """A folder "corpus" that is framed, and a random teacher of MDLM's form in out/teacher.pt."""
     text = [list(f"def f{i}(a, b={i}): return a\n".encode()) for i in range(400)]
     pieces = [("train", sum(text, [])), ("val", sum(text[:50], []))]
     corpus.write("corpus", pieces, "text", "bytes", 0, {}, framed=True)
     mdlm.write_safetensors("a.safetensors", hf(tensors(257)))
     mdlm.main(["a.safetensors", "--data", "corpus"])
+
+
+def test_the_papers_experiment_at_toy_size(monkeypatch, capsys):
+    """--paper_scale distils the imported teacher; the parts that it chose are kept by --resume."""
+    import_teacher()
+    few = ["--device", "cpu", "--no-bf16", "--groups", "2", "--G", "2", "--disc_blocks", "1"]
+    # half of this holds .98 MB of weights and .54 of an update of one group, not 1.08 of two
+    monkeypatch.setattr(command, "free_memory", lambda device: 3.5e6)
+    assert not distill.main([*few, "--paper_scale", "--updates", "1", "--out", "a.pt"])
+    assert capsys.readouterr().out.count("--accumulate 2: ") == 1
+    monkeypatch.setattr(command, "free_memory", lambda device: 1e12)
+    assert not distill.main(["--resume", "--updates", "2", "--out", "a.pt"])
+    assert "--accumulate" not in capsys.readouterr().out
+    ckpt, student = model.load_checkpoint("a.pt", ("student",))
+    assert (ckpt["step"], ckpt["flags"]["accumulate"], ckpt["flags"]["lr"]) == (2, 2, 1e-6)
+    teacher = model.load_checkpoint("out/teacher.pt", ("teacher",))[1]
+    moved = (student.out.weight - teacher.out.weight).abs().max()  # an average: .001 of each step
+    assert 0 < moved < 1e-8
+
+
+def test_the_imported_teacher_distils_and_goes_back(capsys):
+    """python -m experiments.mdlm, distill.py, sdtt.py; the students in MDLM's form are the same."""
+    import_teacher()
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == ("a.safetensors: 2 blocks of 32, 2 heads, V 257, L 24; the file's weights")
     assert "not the file" in lines[1] and "none" in lines[2] and "wrote out/teacher.pt" in lines[3]

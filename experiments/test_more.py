@@ -19,7 +19,7 @@ import distill
 import model
 import train_teacher
 from data import command, corpus
-from experiments import ablate, animate, bench, sdtt
+from experiments import ablate, animate, bench, mdlm, sdtt
 from test_didi import check_law
 
 torch.set_num_threads(1)
@@ -357,6 +357,39 @@ def test_the_estimate_of_an_updates_memory_is_low(monkeypatch, flags, shape, par
     args, config = distill.parse_flags(words)[0], model.Config(*shape)
     counted = bench.update_peak(args, config, False, torch.device("cpu"), 0.98)
     assert 1 < counted / command.update_bytes(args, config, False, 2 * args.G) < most
+
+
+def test_the_papers_scale_is_its_objective_with_the_published_settings():
+    words = ("--paper", "--paper_scale", "--paper_scale --lr 3e-6 --accumulate 2 --no-w --groups 8")
+    paper, scale, given = (vars(distill.parse_flags(line.split())[0]) for line in words)
+    assert {name: value for name, value in scale.items() if value != paper[name]} == {
+        "paper": False, "paper_scale": True, "lr": 1e-6, "disc_lr": 1e-5, "disc_blocks": 4,
+        "disc_warmup": 0, "ema": 0.999, "updates": 10_000, "reference": "data", "groups": 4,
+        "eval_every": 500, "accumulate": None}
+    assert scale["G"] == 4 and scale["K"] == 2 and scale["beta"] == (1, 1)
+    assert {name: value for name, value in given.items() if value != scale[name]} == {
+        "lr": 3e-6, "accumulate": 2, "w": False, "groups": 8}
+
+
+@pytest.mark.parametrize("gb, bf16, parts", [
+    (80, True, 1), (24, True, 2), (16, True, 4), (9, True, 4), (80, False, 1), (24, False, 4)])
+def test_parts_are_chosen_by_the_memory_that_is_free(monkeypatch, capsys, gb, bf16, parts):
+    """Six times .65 GB of weights, .4 of tables; 16 sequences of 1024 tokens of 19 blocks' 768 * 40
+    bytes, or 76, are 9.6 GB, or 18.2: 13.9, 9.1, 6.7 GB in 1, 2, 4 parts, or 22.5, 13.4, 8.8."""
+    monkeypatch.setattr(command, "free_memory", lambda device: gb * 1e9)
+    args, _ = distill.parse_flags(["--paper_scale"])
+    for _ in range(2):  # what is settled stays, and is not told again
+        command.fit_update(args, mdlm.PUBLISHED, torch.device("cpu"), bf16)
+        assert args.accumulate == parts
+    line, = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"--accumulate {parts}: ") and f"{gb / 1.024 ** 3:.3g} are free" in line
+    args.accumulate = 3
+    with pytest.raises(ValueError, match="--groups must be a multiple of --accumulate"):
+        command.fit_update(args, mdlm.PUBLISHED, torch.device("cpu"), bf16)
+    monkeypatch.setattr(command, "free_memory", lambda device: 6e9)
+    args.accumulate = None
+    with pytest.raises(ValueError, match="lower --"):
+        command.fit_update(args, mdlm.PUBLISHED, torch.device("cpu"), bf16)
 
 
 def test_bench_of_memory(folder, monkeypatch, capsys):
