@@ -4,11 +4,12 @@
     python -m experiments.bench training --size small          # a training step of the teacher
     python -m experiments.bench distillation --accumulate 4    # an update of the student
     python -m experiments.bench sampler                        # against the usual sampler
-    python -m experiments.bench memory --paper --groups 4      # bytes of an update, counted
+    python -m experiments.bench memory --paper_scale           # bytes of an update, counted
 
 `training` takes the flags of train_teacher.py, `distillation` and `memory` those of distill.py.
 With --json the rows go into that file under --label, beside what is in it.
 """
+import copy
 import itertools
 import os
 import time
@@ -292,6 +293,7 @@ def update_peak(flags, config, bf16, device, tau=0.5):
     """Bytes at the peak of an update in which each level is tau times the one before, beyond the
     networks' weights, gradients and moments, which are there from the start."""
     torch.manual_seed(0)
+    flags = copy.copy(flags)
     flags.beta = 1e6 * tau, 1e6 * (1 - tau)
     teacher = Denoiser(config).to(device).requires_grad_(False)
     teacher.bf16 = bf16
@@ -377,7 +379,7 @@ def largest_batches(flags, config, tables):
           f"a sequence {sequence / 1e9:.3g} GB, so {B} take {total / 1e9:.3g} GB; distill.py's own "
           f"estimate is {estimate / 1e9:.3g}")
     rows.append({"row": "total", "sequences": B, "bytes": total, "estimate": estimate,
-                 "fixed": fixed, "sequence": sequence})
+                 "fixed": fixed, "sequence": sequence, "flags": vars(flags)})
     for size in (24, 80):
         most = int((size * 1e9 - fixed - tables) // sequence)
         rows.append({"row": f"{size} GB", "sequences": most})
