@@ -101,6 +101,9 @@ speed() {
         echo "distillation --accumulate $parts"
         python -m experiments.bench distillation --teacher out/0/teacher.pt --accumulate $parts
     done >> $results/bench.txt
+    # bytes of an update, counted, so the same on any machine: ten minutes
+    python -m experiments.bench memory --paper_scale --json $results/memory.json --label paper_scale
+    python -m experiments.bench memory --groups 2 --json $results/memory.json --label default
 }
 
 signatures() {
