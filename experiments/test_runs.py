@@ -10,6 +10,8 @@ import os
 import re
 import resource
 import signal
+import subprocess
+import sys
 import types
 
 import pytest
@@ -305,3 +307,11 @@ def test_the_whole_way_on_a_gpu(tiny):
         load("a.pt")
     for flags in (["--device", GPU], ["--device", GPU, "--sampler", "rgas"], ON_CPU):
         assert not sample.main(["--model", "a.pt", "--num", "3", *flags])
+
+
+@pytest.mark.parametrize("command", ["fuzz --count 9", "kill distil corpus --kills 4"])
+def test_some_nonsense_and_some_kills(command):
+    """Of the two scripts that are run by hand with many more; in a process that may fork."""
+    command = [sys.executable, "-m", *f"experiments.{command} --minutes .5".split()]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
