@@ -2,7 +2,8 @@
 # reproduce.sh - make every file of experiments/results/, and the pictures in assets/, again.
 #
 #     bash experiments/reproduce.sh signatures                       # some ten hours on two cores
-#     bash experiments/reproduce.sh text wikinews.train.txt.xz       # two hours
+#     bash experiments/reproduce.sh text wikinews.train.txt.xz       # 80 minutes
+#     bash experiments/reproduce.sh text_speed wikinews.train.txt.xz # a minute
 #     bash experiments/reproduce.sh proteins cath_S40.fa.xz          # half an hour
 #     bash experiments/reproduce.sh prepare enwiki.txt               # 10 seconds
 #     bash experiments/reproduce.sh first_run                        # 8 minutes
@@ -122,27 +123,34 @@ signatures() {
         --teacher out/0/teacher.pt --causal out/0/causal.pt
 }
 
-# 7.5 M tokens of English Wikinews; $1 is the file. One thread for each process.
+# 36 MB of English Wikinews as bytes; $1 is the file. One thread for each process.
 text() {
     need "$1"
     export OMP_NUM_THREADS=1
+    python -m data.text "$1" --tokenizer bytes --out out/newsbytes
+    how="--data out/newsbytes --length 128"
+    models="--teacher out/text/teacher.pt --causal out/text/causal.pt"
+    python train_teacher.py $how --minutes 30 --out out/text/teacher.pt
+    python train_teacher.py $how --minutes 12 --causal --out out/text/causal.pt
+    python distill.py --teacher out/text/teacher.pt --out out/text/student.pt
+    python -m experiments.evaluate --sweep --samples 256 --batch 128 $models \
+        --student out/text/student.pt --json $results/text_cpu.json --label wikinews
+    for model in teacher student; do
+        python sample.py --model out/text/$model.pt --steps 8 --num 5
+    done > $results/samples_text.txt
+}
+
+# Training on GPT-2's tokens, with and without memory that is kept: see README.md.
+text_speed() {
+    need "$1"
+    export OMP_NUM_THREADS=1
     python -m data.text "$1" --out out/wikinews
-    few="--data out/wikinews --length 64 --lr 4e-3"
-    # keep memory that is freed: see README.md
-    export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
+    export MALLOC_TRIM_THRESHOLD_=100000000000
     for most in 65536 0; do
         echo "MALLOC_MMAP_MAX_=$most"
-        MALLOC_MMAP_MAX_=$most python -m experiments.bench training $few
+        MALLOC_MMAP_MAX_=$most python -m experiments.bench training --data out/wikinews \
+            --length 64 --lr 4e-3
     done > $results/bench_text.txt
-    python train_teacher.py $few --minutes 28 --out out/text/teacher.pt
-    python train_teacher.py $few --minutes 20 --causal --out out/text/causal.pt
-    export MALLOC_MMAP_MAX_=65536 MALLOC_MMAP_THRESHOLD_=200000000
-    export MALLOC_TRIM_THRESHOLD_=2000000000
-    python distill.py --accumulate 16 --disc_warmup 40 --lr 4e-4 --kl .1 --minutes 26 \
-        --eval_every 1000 --teacher out/text/teacher.pt --out out/text/student.pt
-    python -m experiments.evaluate --sweep --samples 256 --batch 128 \
-        --teacher out/text/teacher.pt --student out/text/student.pt --causal out/text/causal.pt \
-        --json $results/text_cpu.json --label wikinews
 }
 
 # CATH v4.1 S40 domains; $1 is the FASTA file. One thread.
@@ -150,14 +158,14 @@ proteins() {
     need "$1"
     export OMP_NUM_THREADS=1
     python -m data.fasta "$1" --out out/cath
-    models="--teacher out/cath/teacher.pt --causal out/cath/causal.pt"
-    python train_teacher.py --data out/cath --minutes 4 --out out/cath/teacher.pt
-    python train_teacher.py --data out/cath --minutes 2 --causal --out out/cath/causal.pt
-    python distill.py --groups 8 --disc_warmup 60 --minutes 7 --teacher out/cath/teacher.pt \
-        --out out/cath/student.pt
-    python -m experiments.evaluate --samples 500 $models --student out/cath/student.pt \
+    models="--teacher out/protein/teacher.pt --causal out/protein/causal.pt"
+    python train_teacher.py --data out/cath --minutes 4 --out out/protein/teacher.pt
+    python train_teacher.py --data out/cath --minutes 2 --causal --out out/protein/causal.pt
+    python distill.py --groups 8 --disc_warmup 60 --minutes 7 --teacher out/protein/teacher.pt \
+        --out out/protein/student.pt
+    python -m experiments.evaluate --samples 500 $models --student out/protein/student.pt \
         --json $results/protein.json --label protein
-    python sample.py --model out/cath/student.pt --num 100 --out out/designs.fasta
+    python sample.py --model out/protein/student.pt --num 100 --out out/designs.fasta
 }
 
 # Time and memory of preparing 170 MB of English Wikipedia as plain text; $1 is the file.
@@ -189,6 +197,6 @@ first_run() {
 
 case $1 in
     signatures | few_steps | others | sweep | ablation | speed) "$@" ;;
-    text | proteins | prepare | first_run) "$@" ;;
+    text | text_speed | proteins | prepare | first_run) "$@" ;;
     *) sed -n '2,/^set -e/s/^# \{0,1\}//p' experiments/reproduce.sh ;;
 esac
