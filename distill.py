@@ -1,6 +1,6 @@
 """distill.py - DiDi-Instruct (arXiv 2509.25035): distil the teacher into a few-step student.
 
-    python distill.py                       # out/teacher.pt -> out/student.pt, some 4 minutes
+    python distill.py                       # out/teacher.pt -> out/student.pt, some 3 minutes
     python distill.py --paper               # the paper's own objective, at our size
     python distill.py --paper_scale         # its whole experiment: a teacher of experiments.mdlm
     torchrun --standalone --nproc_per_node=8 distill.py
@@ -63,9 +63,10 @@ def parse_flags(argv=None):
     add("--teacher", default="out/teacher.pt", help="checkpoint of train_teacher.py")
     add("--data", help="corpus folder [the teacher's]")
     add_run_flags(add, eval_every=60, out="out/student.pt")
-    if p.parse_args(argv).paper:
+    given = p.parse_args(argv)
+    if given.paper:
         p.set_defaults(**PAPER)
-    if p.parse_args(argv).paper_scale:
+    if given.paper_scale:
         p.set_defaults(**SCALE)
     return parse_run(p, argv, lambda path: load_checkpoint(path, ("student",))[0])
 

@@ -319,13 +319,6 @@ def forked(act, limit=600, term_after=600):
     return os.waitstatus_to_exitcode(status), termed
 
 
-def stand_in(name):
-    """Bytes in the place of GPT-2's tokens: no case may need a network."""
-    ranks = {bytes([i]): i for i in range(256)}
-    return tiktoken.Encoding(name, pat_str=r"[\s\S]", mergeable_ranks=ranks,
-                             special_tokens={"<|endoftext|>": 256})
-
-
 def as_a_program(module, argv, folder, says):
     """What the shell would run, in this process, to be forked: ends it. says: folder of its words.
 
@@ -341,7 +334,8 @@ def as_a_program(module, argv, folder, says):
         setattr(sys, name, open(number, "w", encoding="utf-8", closefd=False))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.chdir(folder)
-    tiktoken.get_encoding, sys.argv, code = stand_in, [module], 1  # of a traceback
+    tiktoken.get_encoding = lambda name: corpus.make_tokenizer("bytes")  # no case needs a network
+    sys.argv, code = [module], 1  # of a traceback
     try:
         main = importlib.import_module(module).main
         run_script(lambda: main(argv), resumes=module in ("train_teacher", "distill"))
@@ -505,14 +499,19 @@ def show(args, toys):
 
 def parse_flags(argv=None):
     p, add = make_parser("Nonsense for every command.")
-    add("kinds", nargs="*", default=list(KINDS), help=f"some of {', '.join(KINDS)} [all]")
     add("--count", type=FROM_1, default=2500, help="cases of each kind")
-    add("--seed", type=FROM_0, default=0, help="makes the same cases again")
     add("--minutes", type=RATE, default=60.0, help="stop each kind then")
     add("--only", type=FROM_0, help="run the case of this number alone, and show it")
+    return parse_kinds(p, add, KINDS, argv)
+
+
+def parse_kinds(p, add, kinds, argv):
+    """The flags of p and, of this script and of kill.py, which of the kinds and what seed."""
+    add("kinds", nargs="*", default=list(kinds), help=f"some of {', '.join(kinds)} [all]")
+    add("--seed", type=FROM_0, default=0, help="makes the same cases again")
     args = p.parse_args(argv)
-    if set(args.kinds) - set(KINDS):
-        raise ValueError(f"there are no such kinds, choose some of {', '.join(KINDS)}")
+    if set(args.kinds) - set(kinds):
+        raise ValueError(f"there are no such kinds, choose some of {', '.join(kinds)}")
     return args
 
 

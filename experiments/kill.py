@@ -23,8 +23,9 @@ import time
 import torch
 from tqdm import tqdm
 
-from data.command import FROM_0, FROM_1, RATE, make_parser, run_script
-from experiments.fuzz import COMMANDS, as_a_program, make_toys, snapshot, whole
+from data.command import FROM_1, RATE, make_parser, run_script
+from experiments.fuzz import (COMMANDS, as_a_program, make_toys, parse_kinds, snapshot, value,
+                              whole)
 
 LONG = ["--updates", "8", "--eval_every", "2"]
 RUNS = {"teacher": ("train_teacher", [*COMMANDS["train_teacher"], *LONG]),
@@ -93,7 +94,7 @@ def differences(kind, folder, alone):
     if kind == "corpus":
         ours, theirs = (snapshot(of / "new/text") for of in (folder, alone))
         return [name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)]
-    name = RUNS[kind][1][RUNS[kind][1].index("--out") + 1]
+    name = value(RUNS[kind][1], "--out")
     ours, theirs = entries(folder / name), entries(alone / name)
     odd = [key for key in ours.keys() | theirs.keys()
            if key not in ours or key not in theirs or not same(ours[key], theirs[key])]
@@ -162,14 +163,9 @@ def left_alone(kind, toys, folder):
 
 def parse_flags(argv=None):
     p, add = make_parser("SIGKILL at random moments.")
-    add("kinds", nargs="*", default=list(RUNS), help=f"some of {', '.join(RUNS)} [all]")
     add("--kills", type=FROM_1, default=150, help="how many, of all kinds together")
     add("--minutes", type=RATE, default=60.0, help="stop then")
-    add("--seed", type=FROM_0, default=0, help="of the moments")
-    args = p.parse_args(argv)
-    if set(args.kinds) - set(RUNS):
-        raise ValueError(f"there are no such kinds, choose some of {', '.join(RUNS)}")
-    return args
+    return parse_kinds(p, add, RUNS, argv)
 
 
 def main(argv=None):

@@ -10,8 +10,6 @@ import os
 import re
 import resource
 import signal
-import subprocess
-import sys
 import types
 
 import pytest
@@ -312,6 +310,4 @@ def test_the_whole_way_on_a_gpu(tiny):
 @pytest.mark.parametrize("command", ["fuzz --count 9", "kill distil corpus --kills 4"])
 def test_some_nonsense_and_some_kills(command):
     """Of the two scripts that are run by hand with many more; in a process that may fork."""
-    command = [sys.executable, "-m", *f"experiments.{command} --minutes .5".split()]
-    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run("-m", *f"experiments.{command} --minutes .5".split(), path=HERE)  # exit code 0
