@@ -38,7 +38,7 @@ for path in sys.argv[1:]:
     names = [name for name in ("disc_acc", "spread", "norm", "kl", "nelbo") if name in rows[-1]]
     means = {name: round(sum(row[name] for row in rows) / len(rows), 3) for name in names}
     print(f"{path}: {rows[-1]['seconds'] / 60:.1f} minutes; last {len(rows)} rows: {means}")
-    for table in [row for row in log if "val_nelbo" in row or "post@8" in row][-1:]:
+    for table in [row for row in log if "seconds" not in row][-1:]:
         print("   ", {name: round(value, 3) for name, value in table.items()})
 EOF
 }
@@ -138,6 +138,8 @@ text() {
     for model in teacher student; do
         python sample.py --model out/text/$model.pt --steps 8 --num 5
     done > $results/samples_text.txt
+    python sample.py --model out/text/teacher.pt --steps 64 --num 3 >> $results/samples_text.txt
+    log_means out/text/{teacher,causal,student}.jsonl > $results/logs_text.txt
 }
 
 # Training on GPT-2's tokens, with and without memory that is kept: see README.md.
@@ -166,6 +168,7 @@ proteins() {
     python -m experiments.evaluate --samples 500 $models --student out/protein/student.pt \
         --json $results/protein.json --label protein
     python sample.py --model out/protein/student.pt --num 100 --out out/designs.fasta
+    log_means out/protein/{teacher,causal,student}.jsonl > $results/logs_protein.txt
 }
 
 # Time and memory of preparing 170 MB of English Wikipedia as plain text; $1 is the file.
@@ -193,6 +196,7 @@ first_run() {
             python sample.py --steps 8
         )
     ) 2>&1 | tail -21 > $results/first_run.txt
+    log_means out/first/out/{teacher,student}.jsonl >> $results/first_run.txt
 }
 
 case $1 in
