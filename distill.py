@@ -28,7 +28,7 @@ PAPER = {"mask_share": 1.0, "groups": 32, "G": 4, "K": 2, "w": True, "pi": True,
          "coupled": True}  # but for the learning rate: theirs is 1e-6, for 169 M parameters
 SCALE = PAPER | {"groups": 4, "disc_blocks": 4, "disc_warmup": 0, "lr": 1e-6, "disc_lr": 1e-5,
                  "ema": 0.999, "updates": 10_000, "reference": "data", "eval_every": 500,
-                 "accumulate": None}  # as many parts as the free memory wants
+                 "accumulate": 0}
 
 
 def parse_flags(argv=None):
@@ -62,7 +62,7 @@ def parse_flags(argv=None):
     add("--updates", type=FROM_1, default=300, help="updates of the student")
     add("--teacher", default="out/teacher.pt", help="checkpoint of train_teacher.py")
     add("--data", help="corpus folder [the teacher's]")
-    add_run_flags(add, eval_every=60, out="out/student.pt")
+    add_run_flags(add, 60, "out/student.pt", least=0, fit="; 0: as few as fit")
     given = p.parse_args(argv)
     if given.paper:
         p.set_defaults(**PAPER)
@@ -206,12 +206,12 @@ def main(argv=None):
     device, bf16 = setup(args)
     teacher, data = load_teacher(args, device, bf16)
     files.check_output(args.out, args.data, args.teacher)
+    about = {"kind": "student", "config": vars(teacher.config), "tokenizer": data.tokenizer,
+             "flags": dict(vars(args))}  # before this device settles --accumulate
     fit_update(args, teacher.config, device, bf16)
     reference = make_reference(args, data, teacher)
     nets = networks(args, teacher)
     step, seconds = restore(nets, ckpt, args.out)
-    about = {"kind": "student", "config": vars(teacher.config), "tokenizer": data.tokenizer,
-             "flags": vars(args)}
     return train(args, nets, teacher, reference, data, about, step, seconds)
 
 

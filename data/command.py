@@ -63,10 +63,11 @@ def add_device_flags(add):
     add("--seed", type=FROM_0, default=0, help="repeats a run exactly on a CPU")
 
 
-def add_run_flags(add, eval_every, out):
-    """Flags of both training scripts."""
+def add_run_flags(add, eval_every, out, least=1, fit=""):
+    """Flags of both training scripts; the least parts of a batch, and what 0 means."""
     add("--minutes", type=RATE, help="stop then, schedule fitted to it, whatever --updates is")
-    add("--accumulate", type=FROM_1, default=1, help="parts of a batch, each a mean: less memory")
+    add("--accumulate", type=between(least, 10 ** 9, int), default=1,
+        help=f"parts of a batch, each a mean: less memory{fit}")
     add("--eval_every", type=FROM_1, default=eval_every, help="updates from table to table")
     add_device_flags(add)
     add("--out", default=out, help="checkpoint, written at tables; the log beside it as .jsonl")
@@ -111,11 +112,14 @@ def setup(args):
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     cpu, fast = torch.cpu.get_capabilities(), {}  # {device: is bfloat16 fast there?}, best first
     if torch.cuda.is_available():
-        fast["cuda"] = torch.cuda.get_device_capability() >= (8, 0)
+        capability = torch.cuda.get_device_capability()
+        fast["cuda"] = capability >= (8, 0)
     fast["cpu"] = bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
     name = next(iter(fast)) if args.device == "auto" else args.device
     if name not in fast:
         raise ValueError(f"--device {name} is not available here: use auto or one of {[*fast]}")
+    if name == "cuda" and not fast[name] and args.bf16 is None and RANK == 0:
+        print("float32: a GPU of compute capability {}.{} has no fast bfloat16".format(*capability))
     if WORLD > 1:
         if name == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -269,7 +273,7 @@ def fit_update(args, config, device, bf16):
     def needs(parts):
         return {NETWORK: weight_bytes(config, 6), "--groups, or raise --accumulate":
                 update_bytes(args, config, bf16, most // parts * args.G)}
-    if args.accumulate is None:
+    if not args.accumulate:
         whole = [parts for parts in range(1, most + 1) if most % parts == 0]
         fit = [parts for parts in whole if 2 * sum(needs(parts).values()) <= free]
         args.accumulate = int(agree(min([*fit, most]))[0])

@@ -365,7 +365,7 @@ def test_the_papers_scale_is_its_objective_with_the_published_settings():
     assert {name: value for name, value in scale.items() if value != paper[name]} == {
         "paper": False, "paper_scale": True, "lr": 1e-6, "disc_lr": 1e-5, "disc_blocks": 4,
         "disc_warmup": 0, "ema": 0.999, "updates": 10_000, "reference": "data", "groups": 4,
-        "eval_every": 500, "accumulate": None}
+        "eval_every": 500, "accumulate": 0}
     assert scale["G"] == 4 and scale["K"] == 2 and scale["beta"] == (1, 1)
     assert {name: value for name, value in given.items() if value != scale[name]} == {
         "lr": 3e-6, "accumulate": 2, "w": False, "groups": 8}
@@ -387,7 +387,7 @@ def test_parts_are_chosen_by_the_memory_that_is_free(monkeypatch, capsys, gb, bf
     with pytest.raises(ValueError, match="--groups must be a multiple of --accumulate"):
         command.fit_update(args, mdlm.PUBLISHED, torch.device("cpu"), bf16)
     monkeypatch.setattr(command, "free_memory", lambda device: 6e9)
-    args.accumulate = None
+    args.accumulate = 0
     with pytest.raises(ValueError, match="lower --"):
         command.fit_update(args, mdlm.PUBLISHED, torch.device("cpu"), bf16)
 
