@@ -266,7 +266,7 @@ def check_memory(config, device, copies, rows, token, flag):
 
 def fit_update(args, config, device, bf16):
     """The same for an update of distill.py, whose teacher is there already; and --accumulate, where
-    it is None, is settled and told: the fewest parts of which one leaves half of the free memory,
+    it is 0, is settled and told: the fewest parts of which one leaves half of the free memory,
     for what is not counted."""
     most, free = max(args.groups // WORLD, 1), free_memory(device)
 

@@ -1,4 +1,5 @@
 """test_more.py - SDTT, the ablation, the benchmarks and the animation; 3 tokens, or tiny models."""
+import argparse
 import copy
 import functools
 import importlib.util
@@ -7,6 +8,7 @@ import math
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import types
 
@@ -295,6 +297,44 @@ def test_rows_of_the_ablation_leave_out_one_component_each():
         row = vars(distill.parse_flags(" ".join(flags).split())[0])
         changes.append({name for name in whole if row[name] != whole[name]})
     assert changes == [{"K"}, {"coupled"}, {"w"}, {"pi"}, {"kl", "entropy"}, {"group_norm"}, set()]
+
+
+TARGETS = ("signatures", "text a.txt", "text_speed a.txt", "proteins a.txt", "prepare a.txt")
+
+
+@pytest.mark.parametrize("line, toy", [
+    *((f"reproduce.sh {target}", "") for target in TARGETS), ("gpu.sh a.txt", ""),
+    ("gpu.sh a.txt", "1")])
+def test_the_shell_scripts_give_flags_that_exist(tmp_path, monkeypatch, line, toy):
+    """Run with a `python` that only notes what it is given; all of it is parsed then."""
+    for name in ("reproduce.sh", "gpu.sh"):
+        (tmp_path / "experiments").mkdir(exist_ok=True)
+        shutil.copy(os.path.join(os.path.dirname(__file__), name), tmp_path / "experiments")
+    (tmp_path / "python").write_text('#!/bin/sh\nprintf "%s\\t" "$@" >> said\necho >> said\n')
+    (tmp_path / "python").chmod(0o755)
+    (tmp_path / "a.txt").touch()
+    more = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TOY": toy}
+    subprocess.run(["bash", *f"experiments/{line}".split()], check=True, cwd=tmp_path,
+                   env=os.environ | more, capture_output=True)
+    said = [line.split("\t")[:-1] for line in (tmp_path / "said").read_text().splitlines()]
+    assert said
+
+    def parse(p, argv=None):
+        real(p, argv)
+        raise InterruptedError
+    real = argparse.ArgumentParser.parse_args
+    for words in said:
+        start = words[:2] if words[0] == "-m" else words[:1]
+        name, argv = start[-1].removesuffix(".py"), words[len(start):]
+        if name in ("-", "pytest"):
+            continue
+        script = importlib.import_module(name)
+        if name in ("experiments.bench", "experiments.ablate"):  # what is over is another's
+            args, argv = script.parse_flags(argv)
+            script = train_teacher if getattr(args, "what", "") == "training" else distill
+        with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+            patch.setattr(argparse.ArgumentParser, "parse_args", parse)
+            script.main(argv)
 
 
 @pytest.mark.parametrize("argv", [["training", *TEACHER], ["distillation", *STUDENT]])

@@ -1,0 +1,104 @@
+#!/usr/bin/env bash
+# gpu.sh - what one GPU has still to show, in the order of its worth: nothing here is measured yet.
+#
+#     bash experiments/gpu.sh wiki.txt.xz                # all, an hour, of which 22 minutes train
+#     bash experiments/gpu.sh wiki.txt.xz tests speed    # some of: tests speed default text
+#     MINUTES="4 2 4" bash experiments/gpu.sh wiki.txt.xz text    # for 9 of the teacher, 5, and 8
+#     TOY=1 bash experiments/gpu.sh any.txt              # the same commands, minutes on a CPU
+#
+# Results go to out/results: gpu_bench.json, gpu_nano.json, gpu_text.json, gpu_*.txt. After an
+# interruption name the stages that are left. Without TOY it stops at once where there is no GPU.
+set -e
+cd "$(dirname "$0")/.."
+results=out/results out=out/gpu
+mkdir -p $results $out
+if [ ! -f "$1" ]; then
+    echo "error: name a text to train on, as in the examples on top of $0" >&2
+    exit 2
+fi
+file=$1
+shift
+
+# How large: the paper's network, its batch in parts, the smaller one for 9 minutes, the default.
+small="--size small" parts=16 mini="--size mini" default="" distil="" measured=1000
+tokenizer=gpt2 samples=256 tests="" device="--device cuda"
+read -r for_teacher for_judge for_student <<< "${MINUTES:-9 5 8}"
+if [ -n "$TOY" ]; then
+    small="--n_layer 2 --n_head 2 --n_embd 32 --length 64 --batch 16 --lr 1e-3" parts=2
+    mini="--n_layer 1 --n_head 2 --n_embd 32 --length 32 --batch 16"
+    default="--updates 4" distil="--updates 4 --disc_warmup 2 --groups 2"
+    tokenizer=bytes samples=8 measured=8 tests="-k gpu" device="--device cpu"
+    for_teacher=.1 for_judge=.1 for_student=.1
+fi
+
+prepare() {
+    if [ ! -d $out/text ]; then
+        python -m data.text "$file" --tokenizer $tokenizer --out $out/text
+    fi
+}
+
+# Those that are skipped without a GPU run, too.
+tests() {
+    python -m pytest -q -rs $tests | tee $results/gpu_tests.txt
+}
+
+# A training step and an update of the paper's network: tokens/s, share of the GPU's peak, memory.
+# The aim is .45 of the peak. The update needs a teacher; how good it is doesn't matter.
+speed() {
+    prepare
+    bench="python -m experiments.bench $device --json $results/gpu_bench.json"
+    $bench training --label training --data $out/text $small --accumulate $parts
+    python train_teacher.py $device --data $out/text $small --batch 16 --updates 1 \
+        --out $out/small.pt
+    $bench distillation --label paper_scale --teacher $out/small.pt --paper_scale
+    $bench distillation --label default --teacher $out/small.pt --groups 2
+    $bench sampler --label sampler
+    python train_teacher.py $device $default --out $out/nano.pt
+    $bench training --label nano
+    $bench distillation --label nano_update --teacher $out/nano.pt
+}
+
+# The README's default: the same measures as on CPUs within the spread of seeds, and the minutes.
+default() {
+    for s in 0 1; do
+        models="--teacher $out/$s/teacher.pt --student $out/$s/student.pt --causal $out/causal.pt"
+        if [ $s = 0 ]; then
+            python train_teacher.py $device $default --causal --out $out/causal.pt
+        fi
+        python train_teacher.py $device $default --seed $s --out $out/$s/teacher.pt
+        python distill.py $device $distil --seed $s --teacher $out/$s/teacher.pt \
+            --out $out/$s/student.pt
+        python -m experiments.evaluate $device $models --samples $measured \
+            --json $results/gpu_nano.json --label gpu
+    done
+    python -m experiments.table $results/gpu_nano.json | tee $results/gpu_nano.txt
+}
+
+# English with GPT-2's tokens: student against teacher, the judge at the data's entropy, passages.
+text() {
+    prepare
+    models="--teacher $out/text.pt --student $out/text_student.pt --causal $out/text_causal.pt"
+    python train_teacher.py $device --data $out/text $mini --minutes $for_teacher --out $out/text.pt
+    python train_teacher.py $device --data $out/text $mini --minutes $for_judge --causal \
+        --out $out/text_causal.pt
+    python distill.py $device $distil --teacher $out/text.pt --minutes $for_student \
+        --out $out/text_student.pt
+    for model in text text_student; do
+        python sample.py $device --model $out/$model.pt --steps 8 --num 3
+    done > $results/gpu_samples.txt
+    python sample.py $device --model $out/text.pt --steps 256 --num 3 >> $results/gpu_samples.txt
+    python -m experiments.evaluate $device $models --sweep --samples $samples \
+        --json $results/gpu_text.json --label text
+    python -m experiments.table $results/gpu_text.json | tee $results/gpu_text.txt
+    python -m experiments.bench $device models $models --json $results/gpu_bench.json --label models
+}
+
+if [ $# = 0 ]; then
+    set -- tests speed default text
+fi
+for stage in "$@"; do
+    case $stage in
+        tests | speed | default | text) time $stage ;;
+        *) echo "error: $stage is none of tests speed default text" >&2; exit 2 ;;
+    esac
+done
