@@ -309,6 +309,12 @@ def out_of_memory(e):
     return isinstance(e, MemoryError) or any(some in str(e) for some in words)
 
 
+def stop_within(e):
+    """The exit code if e came of a signal, such as one while a bar took its lock; None if not."""
+    if isinstance(e.__context__, (SystemExit, KeyboardInterrupt)):
+        return getattr(e.__context__, "code", 130)
+
+
 def say(text):
     """One line on stderr, whatever is in it."""
     print(printable(" ".join(str(text).split())), file=sys.stderr, flush=True)
@@ -349,10 +355,12 @@ def run_script(main, resumes=False):
         say(f"error: {e}")
         code = 2
     except (RuntimeError, MemoryError) as e:
-        if not out_of_memory(e):
+        code = stop_within(e)
+        if not code and not out_of_memory(e):
             raise
-        say("error: no memory is left: lower --batch or --groups, or raise --accumulate")
-        code = 2
+        memory = "error: no memory is left: lower --batch or --groups, or raise --accumulate"
+        say("stopped" if code else memory)
+        code = code or 2
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a notebook goes on
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 import zipfile
@@ -307,6 +308,16 @@ def test_memory_that_runs_out_is_one_line(capsys):
         refused(main, [], capsys, "no memory is left: lower --batch")
     with pytest.raises(RuntimeError, match="a fault"):  # of ours: a traceback
         command.run_script(lambda: (_ for _ in ()).throw(RuntimeError("a fault")))
+
+
+@pytest.mark.parametrize("stop, code", [(SystemExit(143), 143), (KeyboardInterrupt(), 130)])
+def test_a_signal_while_a_bar_takes_its_lock_is_one_word(capsys, stop, code):
+    def main(argv):
+        try:
+            raise stop
+        finally:
+            threading.RLock().release()  # RuntimeError: it has not been acquired
+    assert outcome(main, [], capsys) == (code, "", "stopped\n")
 
 
 @BOTH
