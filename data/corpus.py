@@ -397,7 +397,7 @@ def divergence(a, b):
     if not a or not b:
         return math.log(2)
     total, n, m = 0.0, a.total(), b.total()
-    for item in a.keys() | b.keys():
+    for item in a | b:  # in the order of the texts, not of a set: the same sum in every process
         p, q = a[item] / n, b[item] / m
         for share in (p, q):
             if share:

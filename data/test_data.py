@@ -336,6 +336,17 @@ def test_measures_by_hand():
     assert corpus.entropy(collections.Counter()) == 0
 
 
+def test_divergence_is_the_same_number_whatever_the_hashes():
+    """Those of strings differ from process to process, and with them the order of a set."""
+    class Other(int):
+        def __hash__(self):
+            return hash(f"{int(self)}")
+    counts = np.random.default_rng(0).integers(1, 99, (2, 300)).tolist()
+    found = {corpus.divergence(*(collections.Counter(dict(zip(map(kind, range(300)), part)))
+                                 for part in counts)) for kind in (int, Other)}
+    assert len(found) == 1
+
+
 def test_total_variation_by_hand():
     a, b = collections.Counter("aab"), collections.Counter("abbbcc")
     assert corpus.total_variation(a, b) == pytest.approx((3 / 6 + 1 / 6 + 2 / 6) / 2)
