@@ -12,14 +12,14 @@ import argparse
 import copy
 import time
 
-from data import corpus, files  # before torch: Ctrl-C meanwhile is one word
+from data import corpus, files, memory  # before torch: Ctrl-C meanwhile is one word
 import torch
 from tqdm import tqdm
 
 import didi
 from data.command import (FROM_0, FROM_1, RATE, SHARE, SIZE, WEIGHT, add_run_flags, agree, between,
-                          fit_update, make_parser, parse_run, progress, run_script, setup,
-                          share_done, share_out, stop_requested)
+                          make_parser, parse_run, progress, run_script, setup, share_done,
+                          share_out, stop_requested)
 from model import (RANK, Discriminator, average_gradients, load_checkpoint, restore,
                    save_checkpoint, update_ema)
 
@@ -208,7 +208,7 @@ def main(argv=None):
     files.check_output(args.out, args.data, args.teacher)
     about = {"kind": "student", "config": vars(teacher.config), "tokenizer": data.tokenizer,
              "flags": dict(vars(args))}  # before this device settles --accumulate
-    fit_update(args, teacher.config, device, bf16)
+    memory.fit_update(args, teacher.config, device, bf16)
     reference = make_reference(args, data, teacher)
     nets = networks(args, teacher)
     step, seconds = restore(nets, ckpt, args.out)

@@ -12,13 +12,13 @@ import shutil
 import sys
 import time
 
-from data import corpus, files  # before torch: Ctrl-C meanwhile is one word
+from data import corpus, files, memory  # before torch: Ctrl-C meanwhile is one word
 import torch
 from tqdm import tqdm
 
 import didi
-from data.command import (FROM_1, RATE, SHARE, SIZE, WEIGHT, add_device_flags, check_memory,
-                          make_parser, printable, run_script, setup)
+from data.command import (FROM_1, RATE, SHARE, SIZE, WEIGHT, add_device_flags, make_parser,
+                          printable, run_script, setup)
 from model import Discriminator, load_checkpoint, restore
 
 
@@ -135,7 +135,7 @@ def main(argv=None):
         restore({"disc": disc}, ckpt, args.model)
         disc.eval().requires_grad_(False)  # at rest: spectral norm must not go on iterating
         torch.manual_seed(args.seed)
-    check_memory(net.config, device, 0, args.num, 16, "--num")
+    memory.check(net.config, device, 0, args.num, 16, "--num")
     z = start_states(args, net, given_tokens(args, encoding, net.config.mask_id))
     on_step = watcher(args.steps, net.config, encoding) if args.watch else None
     x, nfe, calls = write(args, net, disc, z, on_step)

@@ -12,14 +12,14 @@ import importlib.util
 import math
 import time
 
-from data import corpus, files  # before torch: Ctrl-C meanwhile is one word
+from data import corpus, files, memory  # before torch: Ctrl-C meanwhile is one word
 import torch
 import torch.nn.functional as F
 
 import didi
-from data.command import (FROM_0, FROM_1, RATE, SHARE, SIZE, add_run_flags, agree, check_memory,
-                          make_parser, parse_run, progress, run_script, setup, share_done,
-                          share_out, stop_requested)
+from data.command import (FROM_0, FROM_1, RATE, SHARE, SIZE, add_run_flags, agree, make_parser,
+                          parse_run, progress, run_script, setup, share_done, share_out,
+                          stop_requested)
 from model import (RANK, Config, Denoiser, average_gradients, load_checkpoint, restore,
                    save_checkpoint, update_ema)
 
@@ -155,7 +155,7 @@ def main(argv=None):
     config = Config(corpus.make_tokenizer(data.tokenizer).n_vocab, args.length, args.n_layer,
                     args.n_head, args.n_embd, args.causal, not data.packed, data.framed)
     token = 20 * args.n_embd * args.n_layer + 3 * config.vocab_size  # bytes
-    check_memory(config, device, 4, share_out("batch", args), token, "--batch")
+    memory.check(config, device, 4, share_out("batch", args), token, "--batch")
     nets = networks(args, config, data, device, bf16)
     step, seconds = restore(nets, ckpt, args.out)
     triton = device.type == "cuda" and importlib.util.find_spec("triton") is not None

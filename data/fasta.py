@@ -15,8 +15,8 @@ import zlib
 
 import torch
 
-from data import corpus
-from data.command import SIZE, free_memory, make_parser, run_script
+from data import corpus, memory
+from data.command import SIZE, make_parser, run_script
 
 SHOWN = ("entropy", "length", "ks", "js2")  # what the tables of training show
 LONGEST = 1 << 24  # characters of a line
@@ -43,7 +43,7 @@ def read_fasta(path):
 
 def parse(f, path):
     """The letters below each header of an open file, in upper case: a list of lines for each."""
-    sequences, room = [], free_memory(torch.device("cpu")) / 4
+    sequences, room = [], memory.free(torch.device("cpu")) / 4
     for number, line in enumerate(iter(lambda: f.readline(LONGEST), ""), 1):
         room -= len(line) + 64  # bytes
         if len(line) == LONGEST or room < 0:

@@ -28,7 +28,7 @@ import distill
 import model
 import sample
 import train_teacher
-from data import command, corpus, fasta, files, text
+from data import command, corpus, fasta, files, memory, text
 from data.test_data import outcome
 from test_didi import DISTIL, HERE, ON_CPU, TEACH, load, tiny, toys  # noqa: F401
 
@@ -82,7 +82,7 @@ def test_a_name_with_a_line_break_is_refused_in_one_line(tmp_path, capsys):
 def test_what_cannot_fit_the_memory_is_refused_with_what_to_lower(tiny, capsys, monkeypatch, script,
                                                                   flags, word):
     """On a machine with 256 MB: all of them would need more."""
-    monkeypatch.setattr(command, "free_memory", lambda device: 2 ** 28)
+    monkeypatch.setattr(memory, "free", lambda device: 2 ** 28)
     refused(script.main, flags, capsys, f"0.25 are free: lower {word}")
 
 
@@ -93,15 +93,15 @@ def test_no_network_that_fits_is_refused(shape, vocab_size, pads, monkeypatch):
     config = model.Config(vocab_size, shape[3] if len(shape) > 4 else 24, *shape[:3], pads=pads)
     with torch.device("meta"):
         real = 7 * sum(p.nbytes for p in model.Denoiser(config).parameters())
-    monkeypatch.setattr(command, "free_memory", lambda device: real)
-    command.check_memory(config, None, 7, 0, 1, "--batch")
-    monkeypatch.setattr(command, "free_memory", lambda device: 2 * real / 3)
+    monkeypatch.setattr(memory, "free", lambda device: real)
+    memory.check(config, None, 7, 0, 1, "--batch")
+    monkeypatch.setattr(memory, "free", lambda device: 2 * real / 3)
     with pytest.raises(ValueError, match="lower --n_embd"):
-        command.check_memory(config, None, 7, 0, 1, "--batch")
+        memory.check(config, None, 7, 0, 1, "--batch")
 
 
 def test_free_memory_is_a_number_of_bytes_that_this_process_could_have():
-    free = command.free_memory(torch.device("cpu"))
+    free = memory.free(torch.device("cpu"))
     assert free == math.inf or 2 ** 26 < free < 2 ** 50
 
 
@@ -422,7 +422,7 @@ class Endless(io.StringIO):
 
 @pytest.mark.parametrize("pieces", [(">a\n", "ACDEF\n"), (">" + "a" * 999,), (";\n",), ("\n",)])
 def test_a_fasta_file_without_end_is_refused(monkeypatch, pieces):
-    monkeypatch.setattr(fasta, "free_memory", lambda device: 10 ** 7)
+    monkeypatch.setattr(memory, "free", lambda device: 10 ** 7)
     with pytest.raises(ValueError, match="p.fasta, line .* too long"):
         fasta.parse(Endless(*pieces), "p.fasta")
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 import didi
-from data import corpus
-from data.command import RATE, SIZE, add_device_flags, check_memory, make_parser, run_script, setup
+from data import corpus, memory
+from data.command import RATE, SIZE, add_device_flags, make_parser, run_script, setup
 from model import load_checkpoint, rotate
 
 
@@ -86,7 +86,7 @@ def main(argv=None):
     device, bf16 = setup(args)
     ckpt, model = load_checkpoint(args.model, ("causal",), device, bf16)
     token = 4 * model.config.n_layer * model.config.n_embd  # bytes of the cache
-    check_memory(model.config, device, 0, args.num, token, "--num")
+    memory.check(model.config, device, 0, args.num, token, "--num")
     x, nfe = autoregress(model, args.num, model.config.pad_id, args.temperature)
     print(f"autoregressive, temperature {args.temperature:g}, seed {args.seed}: "
           f"{nfe.float().mean():.2f} network calls per sequence")

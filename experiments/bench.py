@@ -25,10 +25,9 @@ from tqdm import tqdm
 import didi
 import distill
 import train_teacher
-from data import corpus
+from data import corpus, memory
 from experiments import common
-from data.command import (SIZE, add_device_flags, check_memory, fit_update, make_parser, run_script,
-                          setup, share_out, token_bytes, update_bytes, weight_bytes)
+from data.command import SIZE, add_device_flags, make_parser, run_script, setup, share_out
 from experiments.mdlm import PUBLISHED
 from model import Config, Denoiser, update_ema
 
@@ -133,7 +132,7 @@ def teacher_step(args, device, bf16):
 def distillation_update(args, device, bf16):
     """An update as in distill.py, as a function; and its tokens."""
     teacher, data = distill.load_teacher(args, device, bf16)
-    fit_update(args, teacher.config, device, bf16)
+    memory.fit_update(args, teacher.config, device, bf16)
     reference = distill.make_reference(args, data, teacher)
     nets, groups = distill.networks(args, teacher), share_out("groups", args)
 
@@ -174,7 +173,7 @@ def bench_models(args, device, bf16):
     paths = {name: path for name, path in paths.items() if os.path.isfile(path)}
     models, rows = common.load_models(paths, device, bf16), []
     for model in models.values():
-        check_memory(model["config"], device, 0, args.at_once, 16, "--at_once")
+        memory.check(model["config"], device, 0, args.at_once, 16, "--at_once")
     names = ("row", "steps", "batch", "nfe", "disc_calls", "tokens_per_s", "latency", "peak_mib")
     print("".join(f"{name:>16}" for name in names))
     for (name, steps), batch in itertools.product(MODELS, (1, args.at_once)):
@@ -324,7 +323,7 @@ def count_blocks(flags, bf16, device):
     short, long = (Config(31, 128, n_layer, 2, 64) for n_layer in (8, 12))
     tokens = flags.groups * flags.G * short.length
     more = [update_peak(flags, config, bf16, device) for config in (short, long)]
-    estimates = [token_bytes(flags, config, bf16) for config in (short, long)]
+    estimates = [memory.token_bytes(flags, config, bf16) for config in (short, long)]
     return (more[1] - more[0]) / tokens, estimates[1] - estimates[0]
 
 
@@ -372,9 +371,9 @@ def largest_batches(flags, config, tables):
     What the tables take was counted, blocks are estimated; with bfloat16, on a GPU.
     """
     fixed, rows = fixed_bytes(flags, config), []
-    sequence, B = config.length * token_bytes(flags, config, True), flags.groups * flags.G
+    sequence, B = config.length * memory.token_bytes(flags, config, True), flags.groups * flags.G
     total = fixed + tables + B * sequence
-    estimate = weight_bytes(config, 7) + update_bytes(flags, config, True, B)
+    estimate = memory.weight_bytes(config, 7) + memory.update_bytes(flags, config, True, B)
     print(f"{config.n_layer} x {config.n_embd}: weights, gradients, moments {fixed / 1e9:.3g} GB, "
           f"a sequence {sequence / 1e9:.3g} GB, so {B} take {total / 1e9:.3g} GB; distill.py's own "
           f"estimate is {estimate / 1e9:.3g}")

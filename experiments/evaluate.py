@@ -16,9 +16,9 @@ import os
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from data import corpus
-from data.command import (FROM_1, SHARE, SIZE, WEIGHT, add_device_flags, check_memory, make_parser,
-                          run_script, setup)
+from data import corpus, memory
+from data.command import (FROM_1, SHARE, SIZE, WEIGHT, add_device_flags, make_parser, run_script,
+                          setup)
 from experiments import common
 from experiments.table import GOALS, at_entropy, steps_to_match
 from train_teacher import causal_nll
@@ -224,7 +224,7 @@ def main(argv=None):
     device, bf16 = setup(args)
     models, data = load(args, device, bf16)
     config = next(iter(models.values()))["config"]
-    check_memory(config, device, 0, args.samples, 16, "--samples")
+    memory.check(config, device, 0, args.samples, 16, "--samples")
     judge = make_judge(args, models, data, device)
     if judge is None:
         print("no judge: make one with `python train_teacher.py --causal`")

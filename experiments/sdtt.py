@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 import didi
 import distill
-from data import files
-from data.command import (FROM_1, RATE, SHARE, SIZE, add_device_flags, check_memory, make_parser,
-                          progress, run_script, setup, stop_requested)
+from data import files, memory
+from data.command import (FROM_1, RATE, SHARE, SIZE, add_device_flags, make_parser, progress,
+                          run_script, setup, stop_requested)
 from model import save_checkpoint, update_ema
 
 
@@ -102,7 +102,7 @@ def main(argv=None):
     device, bf16 = setup(args)
     teacher, data = distill.load_teacher(args, device, bf16)
     files.check_output(args.out, args.data, args.teacher)
-    check_memory(teacher.config, device, 6, args.batch, 8 * teacher.config.n_embd, "--batch")
+    memory.check(teacher.config, device, 6, args.batch, 8 * teacher.config.n_embd, "--batch")
     nets, done, code = train(args, teacher, data)
     save_checkpoint(args.out, nets, kind="student", config=asdict(teacher.config),
                     tokenizer=data.tokenizer, flags=vars(args), **done)

@@ -19,7 +19,7 @@ import didi
 import distill
 import model
 import train_teacher
-from data import command
+from data import command, memory
 from experiments import autoregressive, sdtt
 from experiments.test_runs import load, tiny, toys  # noqa: F401
 
@@ -204,8 +204,9 @@ def test_without_triton_nothing_is_compiled(tiny, monkeypatch, device, flags, tr
     monkeypatch.setattr(importlib.util, "find_spec",
                         lambda name: triton or None if name == "triton" else find(name))
     monkeypatch.setattr(torch, "compile", lambda trunk: "compiled")
+    monkeypatch.setattr(memory, "check", lambda *args: None)
     for name, result in (("setup", (torch.device(device), False)), ("networks", nets),
-                         ("check_memory", None), ("restore", (0, 0.0)), ("train", 0)):
+                         ("restore", (0, 0.0)), ("train", 0)):
         monkeypatch.setattr(train_teacher, name, lambda *args, result=result: result)
     assert not train_teacher.main(["--out", "a.pt", *flags.split()])
     assert nets["model"].trunk == ("compiled" if compiled else "as it is")
@@ -213,15 +214,15 @@ def test_without_triton_nothing_is_compiled(tiny, monkeypatch, device, flags, tr
 
 def test_a_checkpoint_keeps_what_was_given_not_what_a_device_settled(tiny, monkeypatch, capsys):
     """Made where there is little memory, it goes on where there is more, and with bfloat16."""
-    settled, real = [], distill.fit_update
+    settled, real = [], memory.fit_update
 
     def fit_update(args, config, device, bf16):
-        least = 2 * (command.weight_bytes(config, 6) + command.update_bytes(args, config, bf16, 2))
-        monkeypatch.setattr(command, "free_memory", lambda device: least * (1 + 9 * bf16))
+        least = 2 * (memory.weight_bytes(config, 6) + memory.update_bytes(args, config, bf16, 2))
+        monkeypatch.setattr(memory, "free", lambda device: least * (1 + 9 * bf16))
         real(args, config, device, bf16)
         settled.append((args.accumulate, bf16))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(distill, "fit_update", fit_update)
+    monkeypatch.setattr(memory, "fit_update", fit_update)
     flags = "--paper_scale --groups 2 --G 2 --updates 1"
     for flags, fast in ((flags, False), ("--resume --updates 2", True)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": fast})

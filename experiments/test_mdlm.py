@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 import distill
 import model
-from data import command, corpus
+from data import corpus, memory
 from experiments import mdlm, sdtt
 from experiments.test_runs import outcome, refused
 
@@ -495,10 +495,10 @@ def test_the_papers_experiment_at_toy_size(monkeypatch, capsys):
     import_teacher()
     few = ["--device", "cpu", "--no-bf16", "--groups", "2", "--G", "2", "--disc_blocks", "1"]
     # half of this holds .98 MB of weights and .54 of an update of one group, not 1.08 of two
-    monkeypatch.setattr(command, "free_memory", lambda device: 3.5e6)
+    monkeypatch.setattr(memory, "free", lambda device: 3.5e6)
     assert not distill.main([*few, "--paper_scale", "--updates", "1", "--out", "a.pt"])
     assert capsys.readouterr().out.count("--accumulate 2: ") == 1
-    monkeypatch.setattr(command, "free_memory", lambda device: 1e12)
+    monkeypatch.setattr(memory, "free", lambda device: 1e12)
     assert not distill.main(["--resume", "--updates", "2", "--out", "a.pt"])
     assert capsys.readouterr().out.count("--accumulate 1: ") == 1
     ckpt, student = model.load_checkpoint("a.pt", ("student",))

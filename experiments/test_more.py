@@ -20,7 +20,7 @@ import didi
 import distill
 import model
 import train_teacher
-from data import command, corpus
+from data import command, corpus, memory
 from experiments import ablate, animate, bench, mdlm, sdtt
 from test_didi import check_law
 
@@ -396,7 +396,7 @@ def test_the_estimate_of_an_updates_memory_is_low(monkeypatch, flags, shape, par
     words = [*flags.split(), "--groups", "2", "--mask_share", "1"]
     args, config = distill.parse_flags(words)[0], model.Config(*shape)
     counted = bench.update_peak(args, config, False, torch.device("cpu"), 0.98)
-    assert 1 < counted / command.update_bytes(args, config, False, 2 * args.G) < most
+    assert 1 < counted / memory.update_bytes(args, config, False, 2 * args.G) < most
 
 
 def test_the_papers_scale_is_its_objective_with_the_published_settings():
@@ -416,20 +416,20 @@ def test_the_papers_scale_is_its_objective_with_the_published_settings():
 def test_parts_are_chosen_by_the_memory_that_is_free(monkeypatch, capsys, gb, bf16, parts):
     """Six times .65 GB of weights, .4 of tables; 16 sequences of 1024 tokens of 19 blocks' 768 * 40
     bytes, or 76, are 9.6 GB, or 18.2: 13.9, 9.1, 6.7 GB in 1, 2, 4 parts, or 22.5, 13.4, 8.8."""
-    monkeypatch.setattr(command, "free_memory", lambda device: gb * 1e9)
+    monkeypatch.setattr(memory, "free", lambda device: gb * 1e9)
     args, _ = distill.parse_flags(["--paper_scale"])
     for _ in range(2):  # what is settled stays, and is not told again
-        command.fit_update(args, mdlm.PUBLISHED, torch.device("cpu"), bf16)
+        memory.fit_update(args, mdlm.PUBLISHED, torch.device("cpu"), bf16)
         assert args.accumulate == parts
     line, = capsys.readouterr().out.splitlines()
     assert line.startswith(f"--accumulate {parts}: ") and f"{gb / 1.024 ** 3:.3g} are free" in line
     args.accumulate = 3
     with pytest.raises(ValueError, match="--groups must be a multiple of --accumulate"):
-        command.fit_update(args, mdlm.PUBLISHED, torch.device("cpu"), bf16)
-    monkeypatch.setattr(command, "free_memory", lambda device: 6e9)
+        memory.fit_update(args, mdlm.PUBLISHED, torch.device("cpu"), bf16)
+    monkeypatch.setattr(memory, "free", lambda device: 6e9)
     args.accumulate = 0
     with pytest.raises(ValueError, match="lower --"):
-        command.fit_update(args, mdlm.PUBLISHED, torch.device("cpu"), bf16)
+        memory.fit_update(args, mdlm.PUBLISHED, torch.device("cpu"), bf16)
 
 
 def test_bench_of_memory(folder, monkeypatch, capsys):
