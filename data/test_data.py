@@ -22,6 +22,7 @@ import sys
 import tarfile
 import threading
 import time
+import traceback
 import types
 import zlib
 
@@ -34,6 +35,8 @@ from torch.distributions import Categorical
 
 from data import command, corpus, fasta, openwebtext, signatures, text
 
+if "ON_A_GPU" not in os.environ:  # a process that has used a GPU cannot fork: see test_gpu.py
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 LINES = [f"def f{i}(a, b={i}):" for i in range(80)]
 TEXT = "".join(f"Article {i}.\nIt says {i * i}, caf\xe9.\n<|endoftext|>\n" for i in range(900))
@@ -94,15 +97,16 @@ def make(folder="c", pieces=(("train", range(100)), ("val", range(50))), length=
 
 
 def forked(work):
-    """Start work() in another process; returns its number."""
-    child = os.fork()
+    """Start work() in another process, whose exit code it returns or None; returns its number."""
+    child, code = os.fork(), 99
     if child:
         return child
     try:
-        work()
-        os._exit(0)
+        code = work() or 0
     except BaseException:
-        os._exit(1)
+        traceback.print_exc()
+    finally:
+        os._exit(code)
 
 
 def exit_code(child):

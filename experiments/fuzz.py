@@ -42,6 +42,7 @@ from tqdm import tqdm
 from data import corpus
 from data.command import FROM_0, FROM_1, RATE, make_parser, run_script
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a process that has used a GPU cannot fork
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TERM_AFTER, KILL_AFTER, MEMORY = 8, 20, 3 * 2 ** 30  # seconds, seconds, bytes
 CPU = ["--device", "cpu", "--no-bf16"]

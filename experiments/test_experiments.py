@@ -17,7 +17,7 @@ import torch
 import model
 import train_teacher
 from data import corpus
-from data.test_data import gpt2, outcome  # noqa: F401
+from data.test_data import exit_code, forked, gpt2, outcome  # noqa: F401
 from experiments import autoregressive, common, evaluate, table
 from experiments.autoregressive import autoregress
 from test_didi import check_law
@@ -512,21 +512,11 @@ def test_tables_pair_rows_by_what_they_are(folder, capsys):
     assert "| post |" in capsys.readouterr().out
 
 
-def add_20(label):
-    try:
-        for seed in range(20):
-            common.add_run("r.json", "sweep", label, seed, good_run())
-    finally:
-        os._exit(0)
-
-
 def test_processes_add_to_one_results_file(folder):
     """60 runs of three at the same time, none lost."""
-    children = []
-    for label in "abc":
-        children.append(os.fork())
-        if children[-1] == 0:
-            add_20(label)
-    for child in children:
-        os.waitpid(child, 0)
+    def add_20(label):
+        for seed in range(20):
+            common.add_run("r.json", "sweep", label, seed, good_run())
+    children = [forked(partial(add_20, label)) for label in "abc"]
+    assert list(map(exit_code, children)) == [0, 0, 0]
     assert sum(map(len, common.read_results("r.json", "sweep").values())) == 60

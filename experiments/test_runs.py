@@ -1,4 +1,4 @@
-"""test_runs.py - the three scripts as a user runs them: stopped, killed, given nonsense, on a GPU.
+"""test_runs.py - the three scripts as a user runs them: stopped, killed, given nonsense.
 
 What they compute is tested in test_didi.py, whose toys serve here too.
 """
@@ -10,6 +10,8 @@ import os
 import re
 import resource
 import signal
+import subprocess
+import sys
 import types
 
 import pytest
@@ -21,7 +23,7 @@ import model
 import sample
 import train_teacher
 from data import corpus
-from data.test_data import outcome
+from data.test_data import exit_code, forked, outcome
 from test_didi import DISTIL, HERE, ON_CPU, TEACH, load, run, seed, tiny, toys  # noqa: F401
 
 BOTH = pytest.mark.parametrize("script, flags", [(train_teacher, TEACH), (distill, DISTIL)])
@@ -73,13 +75,13 @@ def test_resume_is_the_uninterrupted_run(
     """Stopped in its second update; kill -9 leaves what was saved at the table after the first."""
     flags = [*flags, "--updates", "4", "--eval_every", every]
     assert not script.main([*flags, "--out", "a.pt"])
-    child = os.fork()
-    if child == 0:
+
+    def stopped():
         at_update(script, monkeypatch, 2, lambda *_: os.kill(os.getpid(), number))
         found, *said = outcome(script.main, [*flags, "--out", "b.pt"], capfd, resumes=True)
         (tiny / "said").write_text("".join(said))
-        os._exit(found)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
+        return found
+    assert exit_code(forked(stopped)) == code
     assert code < 0 or "--resume" in (tiny / "said").read_text()
     updates = {"99": 2, "1": 1}[every] + {train_teacher: 0, distill: 1}[script]
     assert load("b.pt")[0]["step"] == updates
@@ -98,13 +100,13 @@ def test_resume_is_the_uninterrupted_run(
 def test_a_full_disk_leaves_the_old_checkpoint_and_one_line(tiny, capfd, script, flags):
     """The limit is below the size of a checkpoint, as a full disk is."""
     whole = (tiny / "out/teacher.pt").read_bytes(), (tiny / "out/student.pt").read_bytes()
-    child = os.fork()
-    if child == 0:
+
+    def full():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
         code, _, err = outcome(script.main, flags, capfd)
-        os._exit(code + ("stays as it was" not in err.splitlines()[-1]))
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+        return code + ("stays as it was" not in err.splitlines()[-1])
+    assert exit_code(forked(full)) == 2
     assert whole == ((tiny / "out/teacher.pt").read_bytes(), (tiny / "out/student.pt").read_bytes())
 
 
@@ -260,51 +262,16 @@ def test_bad_input_is_one_line(tiny, capsys, script, before, case):
         load(path)
 
 
-# -------------------------------------------------------------------------------------- on a GPU
-GPU = "cuda"
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-
-
-@needs_gpu
-def test_samples_on_a_gpu_have_the_law_of_a_lookup_table():
-    """Two steps at two positions: both revealed at once, or the one or the other first."""
-    torch.manual_seed(0)
-    table, N = torch.randn(4, 4, 2, 3, device=GPU), 40000  # logits at each z_1, z_2
-    p = table.softmax(-1)
-    first, second = p[3, 3]
-    law = first[:, None] * (second / 2 + p[:3, 3, 1] / 4) + second * p[3, :3, 0].T / 4
-    x, _ = didi.sample(lambda z, where: table[z[:, 0], z[:, 1]][where],
-                       torch.full((N, 2), 3, device=GPU), 2, 3)
-    seen, expected = torch.bincount(x[:, 0] * 3 + x[:, 1], minlength=9), N * law.flatten()
-    assert ((seen - expected) ** 2 / expected).sum() < 45  # chi-square, 8 degrees: p < 1e-6
-
-
-@needs_gpu
-def test_losses_and_gradients_on_a_gpu_are_those_of_the_cpu():
-    torch.manual_seed(0)
-    net, z, found = model.Denoiser(model.Config(50, 32, 2, 2, 64)), torch.full((8, 32), 50), []
-    for device, bf16, bound in (("cpu", False, 0), (GPU, False, 1e-2), (GPU, True, 5e-2)):
-        net.to(device).bf16 = bf16
-        net.zero_grad()
-        where = torch.ones(8, 32, dtype=torch.bool, device=device)
-        loss = -didi.predict(net, z.to(device), where)[:, 7].mean()
-        loss.backward()
-        grads = [p.grad.flatten().cpu() for p in net.parameters()]
-        found.append(torch.cat([loss.detach().cpu()[None], *grads]))
-        assert (found[-1] - found[0]).norm() <= bound * found[0].norm()
-        assert (found[-1] - found[0])[0].abs() <= bound * found[0][0]
-
-
-@needs_gpu
-def test_the_whole_way_on_a_gpu(tiny):
-    """With a GPU's defaults, bfloat16 and a compiled teacher; checkpoints move between devices."""
-    for script, flags in ((train_teacher, TEACH), (distill, DISTIL)):
-        gpu = [*flags[:-len(ON_CPU)], "--device", GPU]
-        assert not script.main([*gpu, "--out", "a.pt"])
-        assert not script.main(["--resume", "--updates", "6", "--out", "a.pt"])
-        load("a.pt")
-    for flags in (["--device", GPU], ["--device", GPU, "--sampler", "rgas"], ON_CPU):
-        assert not sample.main(["--model", "a.pt", "--num", "3", *flags])
+# ---------------------------------------------------------------------- in processes of their own
+def test_on_a_gpu():
+    """test_gpu.py, in a process that sees the GPU, if there is one."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    env = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    done = subprocess.run([*command, "experiments/test_gpu.py"], cwd=HERE, capture_output=True,
+                          text=True, env=env | {"ON_A_GPU": "yes"})
+    assert not done.returncode, done.stdout
+    if "passed" not in done.stdout:
+        pytest.skip("needs a CUDA GPU")
 
 
 @pytest.mark.parametrize("command", ["fuzz --count 9", "kill distil corpus --kills 4"])
