@@ -80,7 +80,7 @@ def networks(args, config, data, device, bf16):
 def causal_nll(model, x, mask_id):
     """-log p(x_i | x_1 .. x_{i-1}) (B, L), nats, of x (B, L); the mask token stands before x_1."""
     z = F.pad(x[:, :-1], (1, 0), value=mask_id)
-    return F.cross_entropy(model(z).float().transpose(1, 2), x, reduction="none")
+    return F.cross_entropy(model(z).float().flatten(0, 1), x.flatten(), reduction="none").view_as(x)
 
 
 def bound_and_loss(model, x):
