@@ -37,7 +37,7 @@ def parse_flags(argv=None):
     add("--causal", default="out/causal.pt", help="of train_teacher.py --causal, if it is there")
     add("--data", help="corpus folder [the one that the model was trained on]")
     add("--rows", choices=("all", "teacher", "student"), default="all", help="whose rows")
-    add("--sweep", action="store_true", help="all numbers of steps at all temperatures, .7 to 1.2")
+    add("--sweep", action="store_true", help="steps up to 256 at all temperatures, .7 to 1.2")
     add("--samples", type=SIZE, default=1000, help="in a row; of fewer, mostly noise")
     add("--batch", type=FROM_1, default=256, help="B, sequences at once, at most")
     add("--judge", help="a GPT-2 of the package transformers instead of --causal: name or folder")
@@ -128,7 +128,7 @@ def plan(models, sweep, L):
         for steps in STEPS[name]:
             if steps is not None and steps > max(256, 4 * L):  # no more calls than before
                 continue
-            several = sweep or (name, steps) == ("teacher", 8)
+            several = sweep and (steps or 0) <= 256 or (name, steps) == ("teacher", 8)
             for T in TEMPERATURES if several else (1.0,):
                 rows.append((name, name, steps, T, sampler))
     for name in [name for name in ("teacher", "student") if name in models]:

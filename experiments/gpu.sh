@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# gpu.sh - what one GPU has still to show, in the order of its worth: nothing here is measured yet.
+# gpu.sh - what is measured on one GPU, in the order of its worth.
 #
-#     bash experiments/gpu.sh wiki.txt.xz                # all, an hour, of which 22 minutes train
-#     bash experiments/gpu.sh wiki.txt.xz tests speed    # some of: tests speed default text
+#     bash experiments/gpu.sh wiki.txt.xz                # all, of which 22 minutes train the text
+#     bash experiments/gpu.sh wiki.txt.xz tests speed    # some of: tests default judge speed text
 #     MINUTES="4 2 4" bash experiments/gpu.sh wiki.txt.xz text    # for 9 of the teacher, 5, and 8
+#     SEEDS=0 bash experiments/gpu.sh wiki.txt.xz default judge    # for 0 and 1
 #     TOY=1 bash experiments/gpu.sh any.txt              # the same commands, minutes on a CPU
 #
 # Results go to out/results: gpu_bench.json, gpu_nano.json, gpu_text.json, gpu_*.txt. After an
@@ -21,7 +22,7 @@ shift
 
 # How large: the paper's network, its batch in parts, the smaller one for 9 minutes, the default.
 small="--size small" parts=16 mini="--size mini" default="" distil="" measured=1000
-tokenizer=gpt2 samples=256 tests="" device="--device cuda"
+tokenizer=gpt2 samples=256 tests="" device="--device cuda" seeds=${SEEDS:-0 1}
 read -r for_teacher for_judge for_student <<< "${MINUTES:-9 5 8}"
 if [ -n "$TOY" ]; then
     small="--n_layer 2 --n_head 2 --n_embd 32 --length 64 --batch 16 --lr 1e-3" parts=2
@@ -42,36 +43,40 @@ tests() {
     python -m pytest -q -rs $tests | tee $results/gpu_tests.txt
 }
 
-# A training step and an update of the paper's network: tokens/s, share of the GPU's peak, memory.
-# The aim is .45 of the peak. The update needs a teacher; how good it is doesn't matter.
-speed() {
-    prepare
+# The README's default: the minutes that it takes, and of a step.
+default() {
+    for s in $seeds; do
+        time python train_teacher.py $device $default --seed $s --out $out/$s/teacher.pt
+        time python distill.py $device $distil --seed $s --teacher $out/$s/teacher.pt \
+            --out $out/$s/student.pt
+    done
     bench="python -m experiments.bench $device --json $results/gpu_bench.json"
-    $bench training --label training --data $out/text $small --accumulate $parts
-    python train_teacher.py $device --data $out/text $small --batch 16 --updates 1 \
-        --out $out/small.pt
-    $bench distillation --label paper_scale --teacher $out/small.pt --paper_scale
-    $bench distillation --label default --teacher $out/small.pt --groups 2
-    $bench sampler --label sampler
-    python train_teacher.py $device $default --out $out/nano.pt
     $bench training --label nano
-    $bench distillation --label nano_update --teacher $out/nano.pt
+    $bench distillation --label nano_update --teacher $out/${seeds%% *}/teacher.pt
 }
 
-# The README's default: the same measures as on CPUs within the spread of seeds, and the minutes.
-default() {
-    for s in 0 1; do
+# Its measures: those of CPUs within the spread of seeds?
+judge() {
+    python train_teacher.py $device $default --causal --out $out/causal.pt
+    for s in $seeds; do
         models="--teacher $out/$s/teacher.pt --student $out/$s/student.pt --causal $out/causal.pt"
-        if [ $s = 0 ]; then
-            python train_teacher.py $device $default --causal --out $out/causal.pt
-        fi
-        python train_teacher.py $device $default --seed $s --out $out/$s/teacher.pt
-        python distill.py $device $distil --seed $s --teacher $out/$s/teacher.pt \
-            --out $out/$s/student.pt
         python -m experiments.evaluate $device $models --samples $measured \
             --json $results/gpu_nano.json --label gpu
     done
     python -m experiments.table $results/gpu_nano.json | tee $results/gpu_nano.txt
+}
+
+# A training step and an update of the paper's network: tokens/s, share of the GPU's peak, memory.
+# The aim is .45 of the peak. The update needs a teacher; how good it is doesn't matter.
+speed() {
+    prepare
+    bench="python -m experiments.bench $device --times 8 --json $results/gpu_bench.json"
+    $bench training --label training --data $out/text $small --accumulate $parts
+    python train_teacher.py $device --data $out/text $small --batch 32 --updates 1 \
+        --out $out/small.pt
+    $bench distillation --label paper_scale --teacher $out/small.pt --paper_scale
+    $bench distillation --label default --teacher $out/small.pt --groups 2
+    $bench sampler --label sampler
 }
 
 # English with GPT-2's tokens: student against teacher, the judge at the data's entropy, passages.
@@ -94,11 +99,11 @@ text() {
 }
 
 if [ $# = 0 ]; then
-    set -- tests speed default text
+    set -- tests default judge speed text
 fi
 for stage in "$@"; do
     case $stage in
-        tests | speed | default | text) time $stage ;;
-        *) echo "error: $stage is none of tests speed default text" >&2; exit 2 ;;
+        prepare | tests | default | judge | speed | text) time $stage ;;
+        *) echo "error: $stage is none of prepare tests default judge speed text" >&2; exit 2 ;;
     esac
 done
