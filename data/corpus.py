@@ -225,7 +225,8 @@ def windows(files, index, stride, L):
 def load(folder):
     """The Corpus in a folder. The default one is made first where it is missing (3 s).
 
-    Raises ValueError with the command to run where there is none, or part of it is damaged.
+    Raises ValueError with the command to run where there is none, or part of it is damaged, and as
+    make_tokenizer does.
     """
     if folder == DEFAULT and not os.path.exists(folder):
         importlib.import_module("data.signatures").prepare(folder)
@@ -250,6 +251,7 @@ def load(folder):
     if any(len(tokens) % max(meta["length"], 1) for tokens in corpus.train + corpus.val):
         raise ValueError(f"{folder} has not all rows of the length {meta['length']} that its "
                          "meta.json names: make it again")
+    make_tokenizer(corpus.tokenizer)  # or say now, not at the first table, that it cannot be had
     return corpus
 
 

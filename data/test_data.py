@@ -97,8 +97,8 @@ def make(folder="c", pieces=(("train", range(100)), ("val", range(50))), length=
 
 
 def forked(work):
-    """Start work() in another process, whose exit code it returns or None; returns its number."""
-    child, code = os.fork(), 99
+    """Start work() in another process, whose exit code it returns, or None; its number."""
+    child, code = os.fork(), 1
     if child:
         return child
     try:
@@ -839,6 +839,11 @@ def test_gpt2s_tokens_that_cannot_be_had(folder, gpt2, monkeypatch, capsys):
         refused(text.main, ["a.txt"], capsys, "TIKTOKEN_CACHE_DIR", f"{file} named {name}")
         with open(os.path.join(HERE, "data/README.md"), encoding="utf-8") as f:
             assert name in f.read()
+    make()
+    meta = (folder / "c/meta.json").read_text().replace('"bytes"', '"gpt2"')
+    (folder / "c/meta.json").write_text(meta)
+    with pytest.raises(ValueError, match="TIKTOKEN_CACHE_DIR"):  # before anything is trained on it
+        corpus.load("c")
 
 
 def test_gpt2s_tokens_if_they_are_on_this_machine(folder):
