@@ -50,6 +50,22 @@ def test_losses_and_gradients_on_a_gpu_are_those_of_the_cpu():
         assert (found[-1] - found[0])[0].abs() <= bound * found[0][0]
 
 
+def test_tables_made_in_parts_on_a_gpu_have_the_gradients_of_the_tokens_drawn(monkeypatch):
+    """They are made again in backward, random tokens included: one step from all masks."""
+    monkeypatch.setattr(model.Config, "part", 50)
+    config = model.Config(5000, 32, 2, 2, 32)
+    net = model.Denoiser(config).to(GPU)
+    z = torch.full((8, 32), config.mask_id, device=GPU)
+    x, log_prob, _ = didi.rollout(net, z, torch.tensor([[1.0], [0.0]], device=GPU).expand(-1, 8),
+                                  config.mask_id, 2)
+    log_p = didi.predict(net, z, z == config.mask_id).view(8, 1, 32, -1).expand(-1, 2, -1, -1)
+    again = log_p.flatten(0, 1).gather(2, x[..., None])[..., 0].sum(1)  # (16,)
+    weight = torch.arange(16, device=GPU)
+    ours, right = (torch.autograd.grad((of * weight).sum(), net.out.weight)[0]
+                   for of in (log_prob, again))
+    assert (ours - right).norm() < 1e-3 * right.norm()
+
+
 def test_the_whole_way_on_a_gpu(tiny):
     """With a GPU's defaults, bfloat16 and a compiled teacher; checkpoints move between devices."""
     for script, flags in ((train_teacher, TEACH), (distill, DISTIL)):
