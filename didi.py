@@ -69,7 +69,7 @@ def nelbo(denoiser, x, mask_id, pad_id=-1, t=None):
         t = low_discrepancy_times(len(x), x.device)
     z = forward_mask(x, t, mask_id, pad_id)
     where = z == mask_id  # (B, L)
-    nll = -predict(denoiser, z, where).gather(1, x[where][:, None])[:, 0]  # (n,)
+    nll = F.cross_entropy(denoiser(z, where).float(), x[where], reduction="none")  # (n,)
     weighted = nll / t[where.nonzero()[:, 0]]  # (n,)
     return weighted.sum() / (x != pad_id).sum().clamp(min=1), nll.sum() / max(len(nll), 1)
 
