@@ -5,6 +5,7 @@
 #     bash experiments/gpu.sh wiki.txt.xz tests speed    # some of: tests default judge speed text
 #     MINUTES="4 2 4" bash experiments/gpu.sh wiki.txt.xz text    # for 9 of the teacher, 5, and 8
 #     SEEDS=0 bash experiments/gpu.sh wiki.txt.xz default judge    # for 0 and 1
+#     DISTIL="--kl .1 --lr 3e-5" bash experiments/gpu.sh wiki.txt.xz text    # flags of the student
 #     TOY=1 bash experiments/gpu.sh any.txt              # the same commands, minutes on a CPU
 #
 # Results go to out/results: gpu_bench.json, gpu_nano.json, gpu_text.json, gpu_*.txt. After an
@@ -21,7 +22,7 @@ file=$1
 shift
 
 # How large: the paper's network, its batch in parts, the smaller one for 9 minutes, the default.
-small="--size small" parts=16 mini="--size mini" default="" distil="" measured=1000
+small="--size small" parts=16 mini="--size mini" default="" distil=$DISTIL measured=1000
 tokenizer=gpt2 samples=256 device="--device cuda" seeds=${SEEDS:-0 1}
 read -r for_teacher for_judge for_student <<< "${MINUTES:-9 5 8}"
 if [ -n "$TOY" ]; then
