@@ -386,12 +386,12 @@ def faults_of_files(case, code, before, after):
     out, found = value(case.argv, "--out"), []
     written = {path for path in after if before.get(path) != after[path]}
     log = None if out is None else out.removesuffix(".pt") + ".jsonl"
-    given = [value(case.argv, flag) for flag in INPUTS]
+    given = [*case.argv[:1], *(value(case.argv, flag) for flag in INPUTS)]
+    mine = [out, log, *(value(case.argv, flag) for flag in ("--json", "--plot"))]
     inputs = [os.path.normpath(path) for path in given if path]
     for path in sorted(before):
         gone = before[path] != after.get(path)
-        mine = path in (out, log, value(case.argv, "--json"))
-        if gone and (not mine or path in inputs or os.path.dirname(path) in inputs):
+        if gone and (path not in mine or path in inputs or os.path.dirname(path) in inputs):
             found.append("an input or another's file was changed")
         if gone and path == log and code == 2 and before.get(out) == after.get(out):
             found.append("an old log was lost")
