@@ -23,7 +23,7 @@ from data.command import (FROM_0, FROM_1, RATE, SHARE, SIZE, WEIGHT, add_run_fla
 from model import (RANK, Discriminator, average_gradients, load_checkpoint, restore,
                    save_checkpoint, update_ema)
 
-PAPER = {"mask_share": 1.0, "groups": 32, "G": 4, "K": 2, "w": True, "pi": True, "smoothing": 0.1,
+PAPER = {"groups": 32, "G": 4, "K": 2, "w": True, "pi": True, "smoothing": 0.1,
          "kl_kind": "forward", "kl": 0.1, "entropy": 0.01, "reference": "teacher", "eps": 1e-4,
          "coupled": True}  # but for the learning rate: theirs is 1e-6, for 169 M parameters
 SCALE = PAPER | {"groups": 4, "disc_blocks": 4, "disc_warmup": 0, "lr": 1e-6, "disc_lr": 1e-5,
@@ -41,7 +41,6 @@ def parse_flags(argv=None):
     add("--G", type=between(2, 2 ** 20, int), default=8, help="samples per group")
     add("--K", type=SIZE, default=3, help="steps of a rollout; 1: no intermediate-state matching")
     add("--beta", type=RATE, nargs=2, default=(1.0, 1.0), help="a, b of next/last level ~ Beta")
-    add("--mask_share", type=SHARE, default=0.5, help="groups that begin all masked, not as data")
     # 2. and 3. noising and discriminator
     add("--reference", choices=("data", "teacher"), default="data", help="what has label 1")
     add("--coupled", action=on_off, default=False, help="noise x at the rollout's tau, not U(0, 1)")
@@ -105,12 +104,6 @@ def make_reference(args, data, teacher):
     return lambda n: samples[torch.randint(len(samples), (n,)).to(device)]
 
 
-def start_levels(args, groups, device):
-    """(groups,): the level t that each group's first state is noised at; 1 is all masks."""
-    t = torch.empty(groups, device=device).uniform_(0.2, 1)
-    return t.masked_fill(torch.rand_like(t) < args.mask_share, 1.0)
-
-
 def reward_levels(args, tau, pi):
     """(groups,) each: the level t at which rewards are read, and their weight w(t)/pi(t)."""
     w = torch.ones_like(tau)
@@ -137,13 +130,13 @@ def update(args, nets, teacher, reference, groups, moving):
     student, disc = nets["model"], nets["disc"]
     mask_id, pad_id, G = teacher.config.mask_id, teacher.config.pad_id, args.G
     for _ in range(args.accumulate):
-        # 1. rollout with intermediate-state matching: z_t -> z_tau -> x, G completions of each z_t
-        t = start_levels(args, groups, teacher.lengths.device)  # (groups,)
+        # 1. rollout with intermediate-state matching: z_1 -> z_tau -> x, G completions of each z_1
+        z_1 = teacher.start(teacher.draw_lengths(groups))  # (groups, L): the length comes first
+        t = torch.ones(groups, device=z_1.device)
         levels, tau, pi = didi.draw_levels(t, args.K, *args.beta)  # (K + 1, groups), (groups,)
-        z_t = didi.forward_mask(reference(groups), t, mask_id, pad_id)  # the length comes first
         with torch.set_grad_enabled(moving):
             compared = teacher if moving and args.kl > 0 else None  # and then kl is 0
-            x, log_prob, (kl, entropy) = didi.rollout(student, z_t, levels, mask_id, G, compared,
+            x, log_prob, (kl, entropy) = didi.rollout(student, z_1, levels, mask_id, G, compared,
                                                       args.kl_kind)  # (B, L), (B,), (2,)
         # 2. mask x again at a level of its own, or (coupled time) at tau, and a reference alike
         level, w = (of.repeat_interleave(G) for of in reward_levels(args, tau, pi))  # (B,) each

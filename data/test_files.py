@@ -48,7 +48,7 @@ OUT_OF_BOUNDS = {train_teacher: f"""--batch 1048577, --n_embd 1000000000, --lr 1
     --lr 0, --ema 2, --ema -0.1, --seed -1, --minutes inf, --minutes 0, --n_layer 0, --updates 0
     --updates 1.5, --warmup -1, --eval_every {TOO_MUCH}, --size huge, --groups 2, --out=
     --out=a\x1b[31m, --data=x\x7f""", distill: f"""--groups 1000000000, --K {TOO_MUCH}, --K 0, --G 1
-    --beta nan nan, --beta 1, --beta 0 1, --ema 2, --smoothing 2, --smoothing .5, --mask_share nan
+    --beta nan nan, --beta 1, --beta 0 1, --ema 2, --smoothing 2, --smoothing .5, --smoothing nan
     --kl -1, --entropy -1, --kl_kind other, --eps 0, --disc_lr inf, --w=1, --teacher=""",
                  sample: """--steps 1000000000, --num 0, --temperature 0, --temperature nan
     --switch 2, --guidance -1, --candidates 0, --length 0, --device=, --out=, --model=\x07"""}

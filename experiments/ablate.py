@@ -35,10 +35,10 @@ LEFT_OUT = {  # one thing less than all, in the paper's setting
     "all but KL and entropy": "--paper --kl 0 --entropy 0"}  # for the last one see CUMULATIVE
 ONE_CHANGE = {
     "default": "", "default, guided sampler": "", "no intermediate-state matching": "--K 1",
-    "rollouts of two steps": "--K 2", "all rollouts from all masks": "--mask_share 1",
-    "no grouped normalisation": "--no-group_norm", "KL and entropy": "--kl .09 --entropy .01",
-    "coupled time": "--coupled", "coupled time, w(t) and pi(t)": "--coupled --w --pi",
-    "w(t)": "--w", "teacher samples": "--reference teacher"}
+    "rollouts of two steps": "--K 2", "no grouped normalisation": "--no-group_norm",
+    "KL and entropy": "--kl .09 --entropy .01", "coupled time": "--coupled",
+    "coupled time, w(t) and pi(t)": "--coupled --w --pi", "w(t)": "--w",
+    "teacher samples": "--reference teacher"}
 STEPS = (4, 8, 16, 32)
 KEPT = ("post", "judge_ppl", "tv", "js3", "entropy", "ks", "rare", "returns", "js2", "rep4")
 

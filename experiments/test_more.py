@@ -215,7 +215,7 @@ def test_coupled_time_masks_both_sides_at_the_rollouts_tau(folder, monkeypatch, 
     reference = distill.make_reference(args, data, teacher)
     for _ in range(200):
         distill.update(args, nets, teacher, reference, 3, False)
-        (_, (t, share), (t_ref, share_ref)), tau = calls[-3:], taus[-1]
+        ((t, share), (t_ref, share_ref)), tau = calls[-2:], taus[-1]
         assert torch.equal(t, tau) and torch.equal(t_ref, tau[:len(t_ref)])
         hidden.append(torch.cat((share - tau, share_ref - tau[:len(t_ref)])))
     hidden = torch.cat(hidden)  # a share of masks has the mean tau
@@ -393,7 +393,7 @@ def test_bytes_of_tensors_are_counted_as_by_hand():
 def test_the_estimate_of_an_updates_memory_is_low(monkeypatch, flags, shape, part, most):
     """Of blocks by a quarter at most, of (n, V) tables in parts less than threefold."""
     monkeypatch.setattr(model.Config, "part", part)
-    words = [*flags.split(), "--groups", "2", "--mask_share", "1"]
+    words = [*flags.split(), "--groups", "2"]
     args, config = distill.parse_flags(words)[0], model.Config(*shape)
     counted = bench.update_peak(args, config, False, torch.device("cpu"), 0.98)
     assert 1 < counted / memory.update_bytes(args, config, False, 2 * args.G) < most
@@ -480,7 +480,7 @@ def test_pictures_without_matplotlib_say_what_to_install(monkeypatch):
 
 # ----------------------------------------------------------------- the loop of distill.py, by hand
 WAYS = ["--groups 3", "--groups 5 --G 3 --K 2 --w --pi --beta 2 3 --kl_kind forward --kl 2",
-        "--groups 3 --K 1 --no-group_norm --w --eps .01 --mask_share 1",
+        "--groups 3 --K 1 --no-group_norm --w --eps .01",
         "--groups 4 --G 3 --no-coupled --w --pi --kl_kind jeffreys --eps .01",
         "--groups 4 --accumulate 2 --pi --kl 0"]
 PAD, HIDDEN = 256, 257  # of bytes
@@ -555,21 +555,20 @@ def weights_by_hand(args, r, level, pi):
 
 def part_by_hand(args, nets, teacher, disc, drawn):
     """Both losses of a part of an update, and the row it logs; asserts what was asked of `drawn`:
-    (arguments, result) of start_levels, draw_levels, rollout, then of all that the student was
-    shown in it, (B, L) each, and three times of forward_mask."""
-    (_, t), (asked, (grid, tau, pi)), (roll, (x, _, _)), shown, *noised = drawn
-    (start, z_t), (of, z), (of_ref, z_ref) = noised
-    groups, G, n = len(t), args.G, math.ceil(len(t) / 2) * args.G
-    assert asked[0] is t and asked[1:] == (args.K, *args.beta) and start[1] is t and of[0] is x
-    assert roll[0] is nets["model"] and roll[1] is z_t and roll[2] is grid and roll[4] == G
-    assert [call[2:] for call, _ in noised] == [(HIDDEN, PAD)] * 3
-    assert len(start[0]) == groups and len(of_ref[0]) == n and torch.equal(of_ref[1], of[1][:n])
+    (arguments, result) of the teacher's start, draw_levels, rollout, then of all that the student
+    was shown in it, (B, L) each, and twice of forward_mask."""
+    (_, z_1), (asked, (grid, tau, pi)), (roll, (x, _, _)), shown, (of, z), (of_ref, z_ref) = drawn
+    groups, G, n = len(z_1), args.G, math.ceil(len(z_1) / 2) * args.G
+    assert asked[0].tolist() == [1.0] * groups and asked[1:] == (args.K, *args.beta)
+    assert roll[0] is nets["model"] and roll[1] is z_1 and roll[2] is grid and roll[4] == G
+    assert of[0] is x and of[2:] == of_ref[2:] == (HIDDEN, PAD)
+    assert len(of_ref[0]) == n and torch.equal(of_ref[1], of[1][:n])
     tau, pi = (torch.stack([value[b // G] for b in range(groups * G)]) for value in (tau, pi))
     level = of[1]
     assert torch.equal(level, tau) == args.coupled and torch.equal(level[::G], level[G - 1::G])
     disc_loss, r_ref, r = disc_by_hand(disc, z_ref, z, args.smoothing)
-    assert shown[0] is z_t and len(shown) == args.K
-    states = [z_t.repeat_interleave(G, 0), *shown[1:], x]
+    assert shown[0] is z_1 and len(shown) == args.K
+    states = [z_1.repeat_interleave(G, 0), *shown[1:], x]
     terms = student_by_hand(args, nets["model"], teacher, states,
                             weights_by_hand(args, r, level, pi))
     right = (r_ref > 0).float().mean() / 2 + (r < 0).float().mean() / 2
@@ -586,7 +585,7 @@ def test_an_update_is_the_algorithm_by_hand(folder, monkeypatch, flags, moving):
     args, data, teacher, nets = begin(*flags.split())
     disc, found, references = copy.deepcopy(nets["disc"]), {}, []
     calls = watch(monkeypatch, didi, "draw_levels", "rollout", "forward_mask")
-    calls |= watch(monkeypatch, distill, "start_levels")
+    calls |= watch(monkeypatch, teacher, "draw_lengths", "start")
     calls |= watch(monkeypatch, nets["model"], "hidden")
 
     def descend(net, optimizer):
@@ -599,15 +598,15 @@ def test_an_update_is_the_algorithm_by_hand(folder, monkeypatch, flags, moving):
         return references[-1]
     monkeypatch.setattr(distill, "descend", descend)
     row = distill.update(args, nets, teacher, reference, args.groups // args.accumulate, moving)
-    starts, levels, rollouts = calls["start_levels"], calls["draw_levels"], calls["rollout"]
+    starts, levels, rollouts = calls["start"], calls["draw_levels"], calls["rollout"]
     noised, shown = calls["forward_mask"], [z for (z, _), _ in calls["hidden"]]
-    given = [id(call[0]) for i, (call, _) in enumerate(noised) if i % 3 != 1]
-    assert given == list(map(id, references))  # z_t and z_ref are of the reference, one each
-    assert len(starts) == args.accumulate and len(noised) == 3 * args.accumulate
+    assert [id(call[0]) for call, _ in noised[1::2]] == list(map(id, references))
+    assert len(starts) == args.accumulate and len(noised) == 2 * args.accumulate
+    assert [call for call, _ in starts] == [(lengths,) for _, lengths in calls["draw_lengths"]]
     assert all(log_prob.requires_grad == moving for _, (_, log_prob, _) in rollouts)
     for i, drawn in enumerate(zip(starts, levels, rollouts)):
         drawn += (shown[args.K * i:args.K * (i + 1)],)
-        losses = part_by_hand(args, nets, teacher, disc, [*drawn, *noised[3 * i:3 * i + 3]])
+        losses = part_by_hand(args, nets, teacher, disc, [*drawn, *noised[2 * i:2 * i + 2]])
         (sum(losses[:1 + moving]) / args.accumulate).backward()
     hand = losses[2] | {"disc_norm": 7.0, "norm": 7.0 * moving}
     numbers = {name: torch.as_tensor(value).item() for name, value in hand.items()}
@@ -638,15 +637,6 @@ def test_a_step_clips_to_norm_1_and_leaves_no_gradient(monkeypatch):
         assert torch.allclose(net.weight, weights, atol=1e-6) and len(averaged) == 1
         assert net.weight.grad is None
         assert averaged.pop().tolist() == [pytest.approx(slope)]
-
-
-def test_start_levels_are_all_masks_or_uniform_from_a_fifth():
-    args, n = distill.parse_flags(["--mask_share", ".3"])[0], 40000
-    t = distill.start_levels(args, n, "cpu")
-    whole = t == 1
-    assert abs(whole.float().mean() - 0.3) < 5 * (0.21 / n) ** 0.5
-    assert t.min() >= 0.2 and abs(t[~whole].min() - 0.2) < 1e-3
-    check_law(((t[~whole] - 0.2) * 12.5).long().clamp(max=9), torch.full((10,), 0.1))
 
 
 def test_uncoupled_levels_are_uniform():
