@@ -35,7 +35,8 @@ LEFT_OUT = {  # one thing less than all, in the paper's setting
     "all but KL and entropy": "--paper --kl 0 --entropy 0"}  # for the last one see CUMULATIVE
 ONE_CHANGE = {
     "default": "", "default, guided sampler": "", "no intermediate-state matching": "--K 1",
-    "rollouts of two steps": "--K 2", "no grouped normalisation": "--no-group_norm",
+    "rollouts of two steps": "--K 2", "32 groups of 4": "--groups 32 --G 4",
+    "no grouped normalisation": "--no-group_norm",
     "KL and entropy": "--kl .09 --entropy .01", "coupled time": "--coupled",
     "coupled time, w(t) and pi(t)": "--coupled --w --pi", "w(t)": "--w",
     "teacher samples": "--reference teacher"}
