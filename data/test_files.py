@@ -471,6 +471,17 @@ def test_ctrl_c_while_torch_is_imported_is_one_word(tiny, script):
     assert run.communicate(timeout=60) == ("", "stopped\n") and run.returncode == -signal.SIGINT
 
 
+@pytest.mark.parametrize("script", ["train_teacher.py", "distill.py", "sample.py"])
+@pytest.mark.parametrize("given, told", [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
+def test_openmp_is_told_to_sleep_soon_before_torch_is_imported(
+        tiny, monkeypatch, script, given, told):
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    (tiny / "stand_in").mkdir()
+    (tiny / "stand_in/torch.py").write_text("import os, sys; sys.exit(os.environ['GOMP_SPINCOUNT'])")
+    run = program(tiny, script, env={"PYTHONPATH": "stand_in", **given})
+    assert run.communicate(timeout=60)[1] == told + "\n"
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("script", [train_teacher, distill, sample, text])
 def test_a_signal_in_the_preparation_ends_it_and_leaves_nothing(
