@@ -477,7 +477,7 @@ def test_openmp_is_told_to_sleep_soon_before_torch_is_imported(
         tiny, monkeypatch, script, given, told):
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     (tiny / "stand_in").mkdir()
-    (tiny / "stand_in/torch.py").write_text("import os, sys; sys.exit(os.environ['GOMP_SPINCOUNT'])")
+    (tiny / "stand_in/torch.py").write_text("import os; exit(os.environ['GOMP_SPINCOUNT'])")
     run = program(tiny, script, env={"PYTHONPATH": "stand_in", **given})
     assert run.communicate(timeout=60)[1] == told + "\n"
 
