@@ -463,11 +463,16 @@ def program(tiny, *argv, **how):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how)
 
 
+def importing(tiny, script, torch, **env):
+    """A script of ours that has this text in the place of torch."""
+    (tiny / "stand_in").mkdir()
+    (tiny / "stand_in/torch.py").write_text(torch)
+    return program(tiny, script, env={"PYTHONPATH": "stand_in", **env})
+
+
 @pytest.mark.parametrize("script", ["train_teacher.py", "distill.py", "sample.py"])
 def test_ctrl_c_while_torch_is_imported_is_one_word(tiny, script):
-    (tiny / "stand_in").mkdir()
-    (tiny / "stand_in/torch.py").write_text("raise KeyboardInterrupt")
-    run = program(tiny, script, env={"PYTHONPATH": "stand_in"})
+    run = importing(tiny, script, "raise KeyboardInterrupt")
     assert run.communicate(timeout=60) == ("", "stopped\n") and run.returncode == -signal.SIGINT
 
 
@@ -476,9 +481,7 @@ def test_ctrl_c_while_torch_is_imported_is_one_word(tiny, script):
 def test_openmp_is_told_to_sleep_soon_before_torch_is_imported(
         tiny, monkeypatch, script, given, told):
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
-    (tiny / "stand_in").mkdir()
-    (tiny / "stand_in/torch.py").write_text("import os; exit(os.environ['GOMP_SPINCOUNT'])")
-    run = program(tiny, script, env={"PYTHONPATH": "stand_in", **given})
+    run = importing(tiny, script, "import os; exit(os.environ['GOMP_SPINCOUNT'])", **given)
     assert run.communicate(timeout=60)[1] == told + "\n"
 
 
