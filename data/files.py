@@ -100,8 +100,10 @@ def locked(path, wait=False):
         f = os.open(lock, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(f, how)
-            if os.path.exists(lock) and os.path.samestat(os.fstat(f), os.stat(lock)):
+            if os.path.samestat(os.fstat(f), os.stat(lock)):
                 break
+        except FileNotFoundError:  # the other one has just taken it away
+            pass
         except BlockingIOError:
             os.close(f)
             raise ValueError(f"{path} is being written by another run: wait for it, or name "

@@ -357,6 +357,22 @@ for _ in range(100):
     assert subprocess.run([sys.executable, "-c", program, "die"], **how).returncode == -9
     both = [subprocess.Popen([sys.executable, "-c", program, ""], **how) for _ in range(2)]
     assert [p.wait(60) for p in both] == [0, 0] and (tiny / "n").read_text() == "200"
+
+
+@pytest.mark.parametrize("look", [1, 2])
+def test_a_lock_that_is_taken_away_while_it_is_looked_at_is_made_anew(tiny, monkeypatch, look):
+    """As by another process that ends: the one that is held is there, and goes in the end."""
+    stat, looks = os.stat, []
+
+    def late(path, **how):
+        looks.append(path)
+        if looks.count("n.lock") == look and path == "n.lock":
+            os.remove(path)
+        return stat(path, **how)
+    monkeypatch.setattr(os, "stat", late)
+    with files.locked("n"):
+        assert (tiny / "n.lock").exists() and "n.lock" in looks
+    assert not (tiny / "n.lock").exists()
     assert not os.path.exists("n.lock")
 
 
