@@ -24,7 +24,7 @@ from model import (RANK, Discriminator, average_gradients, load_checkpoint, rest
                    save_checkpoint, update_ema)
 
 PAPER = {"groups": 32, "G": 4, "K": 2, "w": True, "pi": True, "smoothing": 0.1,
-         "kl_kind": "forward", "kl": 0.1, "entropy": 0.01, "reference": "teacher", "eps": 1e-4,
+         "kl_kind": "forward", "kl": 0.1, "entropy": 0.01, "eps": 1e-4,
          "coupled": True}  # but for the learning rate: theirs is 1e-6, for 169 M parameters
 SCALE = PAPER | {"groups": 4, "disc_blocks": 4, "disc_warmup": 0, "lr": 1e-6, "disc_lr": 1e-5,
                  "ema": 0.999, "updates": 10_000, "reference": "data", "eval_every": 500,
@@ -42,11 +42,11 @@ def parse_flags(argv=None):
     add("--K", type=SIZE, default=3, help="steps of a rollout; 1: no intermediate-state matching")
     add("--beta", type=RATE, nargs=2, default=(1.0, 1.0), help="a, b of next/last level ~ Beta")
     # 2. and 3. noising and discriminator
-    add("--reference", choices=("data", "teacher"), default="data", help="what has label 1")
+    add("--reference", choices=("teacher", "data"), default="teacher", help="what has label 1")
     add("--coupled", action=on_off, default=False, help="noise x at the rollout's tau, not U(0, 1)")
     add("--smoothing", type=between(0, 0.49), default=0.0, help="label e bounds the logit")
     add("--disc_blocks", type=FROM_0, default=3, help="last trunk blocks that train, at most all")
-    add("--disc_lr", type=RATE, default=3e-4, help="its learning rate (1e-3 ruins the trunk)")
+    add("--disc_lr", type=RATE, help="its learning rate [3 times the student's]")
     add("--disc_warmup", type=FROM_0, default=100, help="updates of the discriminator alone")
     # 4. reward and 5. student
     add("--group_norm", action=on_off, default=True, help="advantages; off: the bare reward")
@@ -56,7 +56,7 @@ def parse_flags(argv=None):
     add("--kl", type=WEIGHT, default=0.0, help="weight of the KL to the teacher, per masked token")
     add("--kl_kind", choices=didi.KL_KINDS, default="reverse", help="forward: teacher || student")
     add("--entropy", type=WEIGHT, default=0.0, help="weight of the entropy bonus, per masked token")
-    add("--lr", type=RATE, default=1e-4, help="student's learning rate; falls to a tenth")
+    add("--lr", type=RATE, help="student's; falls to a tenth [6e-4 of the teacher's RMS weight]")
     add("--ema", type=SHARE, default=0.99, help="decay of the weight average that is sampled")
     add("--updates", type=FROM_1, default=300, help="updates of the student")
     add("--teacher", default="out/teacher.pt", help="checkpoint of train_teacher.py")
@@ -83,7 +83,13 @@ def load_teacher(args, device, bf16):
 
 
 def networks(args, teacher):
-    """Student "model", its average "ema" and "disc", copies of the teacher, and both optimisers."""
+    """Student "model", its average "ema" and "disc", copies of the teacher, and both optimisers.
+
+    AdamW moves each weight by about its rate, so that one rate changes small weights more than
+    large ones: a rate not given is set, in args, in the measure (RMS) of the teacher's matrices."""
+    matrices = torch.cat([p.flatten() for p in teacher.blocks.parameters() if p.dim() == 2])
+    args.lr = args.lr or 6e-4 * matrices.square().mean().sqrt().item()
+    args.disc_lr = args.disc_lr or 3 * args.lr
     student = copy.deepcopy(teacher).requires_grad_(True)
     disc = Discriminator(teacher, args.disc_blocks).to(teacher.lengths.device)
     how = {"betas": (0.9, 0.99), "weight_decay": 0.0}
@@ -93,12 +99,13 @@ def networks(args, teacher):
 
 
 def make_reference(args, data, teacher):
-    """A function n -> x (n, L), reference texts: of the corpus, or of many teacher samples."""
+    """A function n -> x (n, L), reference texts: of 2,048 teacher samples, or of the corpus."""
     L, mask_id, device = teacher.config.length, teacher.config.mask_id, teacher.lengths.device
     if args.reference == "data":
         return lambda n: data.batch(n, L, device)
-    B = min(256, teacher.config.at_once)
-    bar = tqdm(range(-(-2048 // B)), desc="teacher samples", unit="batch", disable=RANK > 0)
+    count = min(2048, args.groups * args.G * (args.disc_warmup + args.updates))
+    B = min(256, count, teacher.config.at_once)
+    bar = tqdm(range(-(-count // B)), desc="teacher samples", unit="batch", disable=RANK > 0)
     starts = (teacher.start(teacher.draw_lengths(B)) for _ in bar)
     samples = torch.cat([didi.sample(teacher, z, 64, mask_id)[0] for z in starts])
     return lambda n: samples[torch.randint(len(samples), (n,)).to(device)]
@@ -177,7 +184,7 @@ def train(args, nets, teacher, reference, data, about, step, seconds):
     with progress(args, step, args.disc_warmup + args.updates) as log:
         while share < 1 and not code:
             moving = step >= args.disc_warmup
-            nets["opt"].param_groups[0]["lr"] = args.lr * (1 - 0.9 * share)
+            lr = nets["opt"].param_groups[0]["lr"] = args.lr * (1 - 0.9 * share)
             nets["disc_opt"].param_groups[0]["lr"] = args.disc_lr
             row = update(args, nets, teacher, reference, groups, moving)
             if moving:
@@ -186,7 +193,7 @@ def train(args, nets, teacher, reference, data, about, step, seconds):
             seconds, code = agree(time.perf_counter() - begin, stop())
             share = share_done(args, step - args.disc_warmup, seconds)
             table = share == 1 or (moving and (step - args.disc_warmup) % args.eval_every == 0)
-            log({"step": step, "seconds": seconds, **row})
+            log({"step": step, "seconds": seconds, **row, "lr": lr})
             if table or code:
                 save_checkpoint(args.out, nets, step=step, seconds=seconds, **about)
             if table and RANK == 0:

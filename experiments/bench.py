@@ -330,6 +330,8 @@ def count_blocks(flags, bf16, device):
 def fixed_bytes(flags, config):
     """Of the weights of teacher, student, average and discriminator, and of the gradients and both
     moments of what trains."""
+    flags = copy.copy(flags)
+    flags.lr = 1.0  # there are no weights to take it from
     with torch.device("meta"):
         teacher = Denoiser(config).requires_grad_(False)
         nets = distill.networks(flags, teacher)

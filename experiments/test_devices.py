@@ -65,7 +65,7 @@ def texts(n=4):
 
 
 def settings(flags):
-    return distill.parse_flags([*flags.split(), "--groups", "2", "--G", "2"])[0]
+    return distill.parse_flags([*flags.split(), "--groups", "2", "--G", "2", "--lr", "1"])[0]
 
 
 def networks(flags=""):

@@ -664,6 +664,21 @@ def test_networks_are_copies_and_their_optimisers_adam_without_decay(folder):
         assert torch.allclose(state["exp_avg_sq"], 0.01 * p.grad ** 2) and torch.equal(q, before)
 
 
+def test_learning_rates_are_in_the_measure_of_the_teachers_matrices(folder):
+    """Of blocks of size c, whatever else is large: a teacher trained for less has smaller ones."""
+    args, _, teacher, _ = begin()
+    for p in teacher.parameters():
+        torch.nn.init.constant_(p, 99)
+    for p in (p for block in teacher.blocks for p in block.parameters() if p.dim() == 2):
+        p.data = torch.where(torch.arange(p.numel()).view_as(p) % 2 == 0, 0.3, -0.4)
+    for flags, lr, disc_lr in (("", .0006 * .125 ** .5, .0018 * .125 ** .5),
+                               ("--lr 1e-6", 1e-6, 3e-6), ("--lr 2e-6 --disc_lr 1e-5", 2e-6, 1e-5)):
+        args = distill.parse_flags(flags.split())[0]
+        nets = distill.networks(args, teacher)
+        rates = [nets[name].param_groups[0]["lr"] for name in ("opt", "disc_opt")]
+        assert rates == pytest.approx([lr, disc_lr]) and [args.lr, args.disc_lr] == rates
+
+
 def test_the_loop_warms_up_falls_to_a_tenth_and_averages(folder, monkeypatch):
     """Rates, what moves, the average and when it is looked at; resumed with more updates."""
     seen, tables, argv = [], [], [*STUDENT, "--lr", "1e-3", "--disc_lr", "2e-4", "--ema", ".75"]
