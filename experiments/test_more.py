@@ -664,6 +664,25 @@ def test_networks_are_copies_and_their_optimisers_adam_without_decay(folder):
         assert torch.allclose(state["exp_avg_sq"], 0.01 * p.grad ** 2) and torch.equal(q, before)
 
 
+def test_the_reference_is_samples_of_the_teacher_as_many_as_a_short_run_uses(folder, monkeypatch):
+    """16 of 3 updates of 2 groups of 2, one of them warm-up; else 2,048. In 64 steps, whole."""
+    made, sample = [], didi.sample
+
+    def see(net, z, steps, mask_id):
+        assert net is teacher and steps == 64 and (z[z != net.config.pad_id] == mask_id).all()
+        made.extend(tuple(row.tolist()) for row in sample(net, z, steps, mask_id)[0])
+        return torch.tensor(made[-len(z):]), None
+    args, data, teacher, _ = begin("--reference", "teacher", "--updates", "3")
+    monkeypatch.setattr(didi, "sample", see)
+    x = distill.make_reference(args, data, teacher)(500)
+    assert len(made) == 16 and {tuple(row.tolist()) for row in x} == set(made)
+    assert not (x == teacher.config.mask_id).any()
+    args.updates, counts = 1000, []
+    monkeypatch.setattr(didi, "sample", lambda net, z, *_: counts.append(len(z)) or (z, 1))
+    distill.make_reference(args, data, teacher)
+    assert counts == [256] * 8
+
+
 def test_learning_rates_are_in_the_measure_of_the_teachers_matrices(folder):
     """Of blocks of size c, whatever else is large: a teacher trained for less has smaller ones."""
     args, _, teacher, _ = begin()
