@@ -5,7 +5,7 @@
 #     bash experiments/gpu.sh wiki.txt.xz tests speed    # some of: tests default judge speed text
 #     MINUTES="4 2 4" bash experiments/gpu.sh wiki.txt.xz text    # for 9 of the teacher, 5, and 8
 #     SEEDS=0 bash experiments/gpu.sh wiki.txt.xz default judge    # for 0 and 1
-#     DISTIL="--kl .1 --lr 3e-5" bash experiments/gpu.sh wiki.txt.xz text    # flags of the student
+#     DISTIL="--kl .1" bash experiments/gpu.sh wiki.txt.xz text    # flags of the student
 #     TOY=1 bash experiments/gpu.sh any.txt              # the same commands, minutes on a CPU
 #
 # Results go to out/results: gpu_bench.json, gpu_nano.json, gpu_text.json, gpu_*.txt. After an

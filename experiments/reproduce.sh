@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # reproduce.sh - make every file of experiments/results/, and the pictures in assets/, again.
 #
-#     bash experiments/reproduce.sh signatures                       # some ten hours on two cores
+#     bash experiments/reproduce.sh signatures                       # 11 hours on two cores
 #     bash experiments/reproduce.sh text wikinews.train.txt.xz       # 80 minutes
 #     bash experiments/reproduce.sh text_speed wikinews.train.txt.xz # a minute
 #     bash experiments/reproduce.sh proteins cath_S40.fa.xz          # half an hour
@@ -89,6 +89,24 @@ ablation() {
         --causal out/0/causal.pt
 }
 
+# Learning rates in the measure of the teacher's weights and fixed ones, for teachers with smaller
+# weights than the default's: trained for less, and wider. 50 minutes.
+rates() {
+    export OMP_NUM_THREADS=1
+    python train_teacher.py --updates 150 --out out/short/teacher.pt
+    python train_teacher.py --n_embd 384 --n_head 6 --lr 4e-3 --updates 300 \
+        --out out/wide/teacher.pt
+    for t in short wide; do
+        distil="python distill.py --groups 8 --teacher out/$t/teacher.pt --out out/$t"
+        measure="python -m experiments.evaluate --samples 500 --json $results/rates.json"
+        measure="$measure --teacher out/$t/teacher.pt --causal out/0/causal.pt"
+        $distil/fixed.pt --lr 1e-4 --disc_lr 3e-4
+        $measure --student out/$t/fixed.pt --rows student --label "$t, fixed rates"
+        $distil/student.pt
+        $measure --student out/$t/student.pt --label $t
+    done
+}
+
 # Speed and memory, on an otherwise idle machine: half an hour.
 speed() {
     models="--teacher out/0/teacher.pt --student out/0/default.pt --causal out/0/causal.pt"
@@ -112,6 +130,7 @@ signatures() {
     others
     sweep
     ablation
+    rates
     speed
     # the front page: samples, the figure, the animation
     python sample.py --model out/0/teacher.pt --steps 8 --num 8 > $results/samples.txt
