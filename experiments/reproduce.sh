@@ -182,7 +182,7 @@ proteins() {
     models="--teacher out/protein/teacher.pt --causal out/protein/causal.pt"
     python train_teacher.py --data out/cath --minutes 4 --out out/protein/teacher.pt
     python train_teacher.py --data out/cath --minutes 2 --causal --out out/protein/causal.pt
-    python distill.py --groups 8 --disc_warmup 60 --minutes 7 --teacher out/protein/teacher.pt \
+    python distill.py --groups 8 --disc_warmup 60 --updates 290 --teacher out/protein/teacher.pt \
         --out out/protein/student.pt
     python -m experiments.evaluate --samples 500 $models --student out/protein/student.pt \
         --json $results/protein.json --label protein

@@ -720,6 +720,8 @@ def test_the_loop_warms_up_falls_to_a_tenth_and_averages(folder, monkeypatch):
     assert [moving for moving, *_ in seen] == [False] * 3 + [True] * 6
     assert [lr for _, lr, _ in seen] == pytest.approx(rates)
     assert [lr for *_, lr in seen] == [2e-4] * 9
+    logged = [json.loads(line) for line in open("out/student.jsonl")]
+    assert [row["lr"] for row in logged if "lr" in row] == pytest.approx(rates)
     average, hand = model.load_checkpoint("out/teacher.pt", ("teacher",))[1].norm.bias[0].item(), []
     for number in range(4, 10):
         average = 0.75 * average + 0.25 * number ** 2
