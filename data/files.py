@@ -118,7 +118,7 @@ def locked(path, wait=False):
 
 def check_output(path, *inputs, new_folder=True):
     """Raises ValueError unless a file can be written at `path`, which is none of the inputs, files
-    or folders, and in none of them. Makes its folder if it may be new."""
+    or folders, and in none of them, nor in a corpus. Makes its folder if it may be new."""
     if os.path.isdir(path) or not os.path.basename(path):
         raise ValueError(f"{path!r} is a folder: name a file in it")
     if os.path.exists(path) and not os.path.isfile(path):
@@ -126,6 +126,8 @@ def check_output(path, *inputs, new_folder=True):
     if path.endswith((".partial", ".lock", ".jsonl")):
         raise ValueError(f"{path!r} is the name of a log, or one for a moment: name another")
     real = os.path.realpath(path)
+    if os.path.exists(os.path.join(os.path.dirname(real), "meta.json")):
+        raise ValueError(f"{path!r} is in a corpus: name a file in another folder")
     for other in map(os.path.realpath, inputs):
         linked = os.path.isfile(path) and os.path.exists(other) and os.path.samefile(path, other)
         log = os.path.isfile(other) and other.removesuffix(".pt") == real.removesuffix(".pt")

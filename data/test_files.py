@@ -260,6 +260,7 @@ def everything(folder):
     (train_teacher, [*TEACH, "--out", "new/"]), (train_teacher, [*TEACH, "--out", "hard.pt/a.pt"]),
     (train_teacher, [*TEACH, "--out", "/proc/a.pt"]),
     (sample, [*ON_CPU, "--out", "out/student.pt"]),
+    (sample, [*ON_CPU, "--out", "out/signatures/meta.json"]),
     (sample, [*ON_CPU, "--out", "none/a.txt"])])
 def test_an_output_that_would_eat_something_is_refused(tiny, capsys, script, flags):
     os.symlink("out/teacher.pt", "link.pt")
