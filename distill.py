@@ -25,7 +25,7 @@ from model import (RANK, Discriminator, average_gradients, load_checkpoint, rest
 
 PAPER = {"groups": 32, "G": 4, "K": 2, "w": True, "pi": True, "smoothing": 0.1,
          "kl_kind": "forward", "kl": 0.1, "entropy": 0.01, "eps": 1e-4,
-         "coupled": True}  # but for the learning rate: theirs is 1e-6, for 169 M parameters
+         "coupled": True, "temperature": 1.0}  # but for the rate: theirs, of 169 M weights, is 1e-6
 SCALE = PAPER | {"groups": 4, "disc_blocks": 4, "disc_warmup": 0, "lr": 1e-6, "disc_lr": 1e-5,
                  "ema": 0.999, "updates": 10_000, "reference": "data", "eval_every": 500,
                  "accumulate": 0}
@@ -49,6 +49,7 @@ def parse_flags(argv=None):
     add("--disc_lr", type=RATE, help="its learning rate [3 times the student's]")
     add("--disc_warmup", type=FROM_0, default=100, help="updates of the discriminator alone")
     # 4. reward and 5. student
+    add("--temperature", type=RATE, default=0.8, help="the student begins as the teacher at this")
     add("--group_norm", action=on_off, default=True, help="advantages; off: the bare reward")
     add("--eps", type=RATE, default=0.1, help="A = (r - mean)/(std + eps): even groups count less")
     add("--w", action=on_off, default=False, help="weight 1/t at the level t of the reward")
@@ -63,10 +64,7 @@ def parse_flags(argv=None):
     add("--data", help="corpus folder [the teacher's]")
     add_run_flags(add, 60, "out/student.pt", least=0, fit="; 0: as few as fit")
     given = p.parse_args(argv)
-    if given.paper:
-        p.set_defaults(**PAPER)
-    if given.paper_scale:
-        p.set_defaults(**SCALE)
+    p.set_defaults(**SCALE if given.paper_scale else PAPER if given.paper else {})
     return parse_run(p, argv, lambda path: load_checkpoint(path, ("student",))[0])
 
 
@@ -85,15 +83,18 @@ def load_teacher(args, device, bf16):
 def networks(args, teacher):
     """Student "model", its average "ema" and "disc", copies of the teacher, and both optimisers.
 
-    AdamW moves each weight by about its rate, so that one rate changes small weights more than
-    large ones: a rate not given is set, in args, in the measure (RMS) of the teacher's matrices."""
+    The student's logits are at first the teacher's over --temperature. Rates not given are set, in
+    args, by the RMS of the teacher's matrices: AdamW moves each weight by about its rate."""
     matrices = torch.cat([p.flatten() for p in teacher.blocks.parameters() if p.dim() == 2])
     args.lr = args.lr or 6e-4 * matrices.square().mean().sqrt().item()
     args.disc_lr = args.disc_lr or 3 * args.lr
-    student = copy.deepcopy(teacher).requires_grad_(True)
+    average = copy.deepcopy(teacher)
+    for p in average.out.parameters():
+        p.div_(args.temperature)
+    student = copy.deepcopy(average).requires_grad_(True)
     disc = Discriminator(teacher, args.disc_blocks).to(teacher.lengths.device)
     how = {"betas": (0.9, 0.99), "weight_decay": 0.0}
-    return {"model": student, "ema": copy.deepcopy(teacher), "disc": disc,
+    return {"model": student, "ema": average, "disc": disc,
             "opt": torch.optim.AdamW(student.parameters(), args.lr, **how),
             "disc_opt": torch.optim.AdamW(disc.parameters(), args.disc_lr, **how)}
 

@@ -83,7 +83,7 @@ sweep() {
         --causal out/0/causal.pt --student out/0/sdtt.pt --json $results/sweep.json --label sdtt
 }
 
-# What each component does, 23 rows of 21 runs. $1: one seed, or three. Two hours each.
+# What each component does, 25 rows of 23 runs. $1: one seed, or three. Two hours each.
 ablation() {
     OMP_NUM_THREADS=1 python -m experiments.ablate $results/ablation.json --seeds ${1:-0 1 2} \
         --causal out/0/causal.pt
@@ -219,7 +219,7 @@ first_run() {
 }
 
 case $1 in
-    signatures | few_steps | others | sweep | ablation | speed) "$@" ;;
+    signatures | few_steps | others | sweep | ablation | rates | speed) "$@" ;;
     text | text_speed | proteins | prepare | first_run) "$@" ;;
     *) sed -n '2,/^set -e/s/^# \{0,1\}//p' experiments/reproduce.sh ;;
 esac

@@ -517,7 +517,7 @@ def test_the_imported_teacher_distils_and_goes_back(capsys):
     ckpt, net = model.load_checkpoint("out/teacher.pt", ("teacher",))
     assert (ckpt["kind"], ckpt["tokenizer"], ckpt["step"]) == ("teacher", "bytes", 0)
     assert ckpt["flags"]["data"] == "corpus" and ckpt["flags"]["seed"] == 0
-    nets = distill.networks(distill.parse_flags([])[0], net)
+    nets = distill.networks(distill.parse_flags(["--paper"])[0], net)
     assert all(torch.equal(a, b) for a, b in zip(nets["model"].parameters(), net.parameters()))
     for extra, out in (([], "a.pt"), (["--paper", "--reference", "data"], "b.pt")):
         assert not distill.main([*TINY, *extra, "--out", out])

@@ -664,6 +664,24 @@ def test_networks_are_copies_and_their_optimisers_adam_without_decay(folder):
         assert torch.allclose(state["exp_avg_sq"], 0.01 * p.grad ** 2) and torch.equal(q, before)
 
 
+def test_the_student_begins_as_the_teacher_at_a_temperature(folder):
+    """softmax of its logits over T, average and student alike; the paper's is a copy, bit by bit.
+
+    The teacher and what the discriminator sees of it stay as they are.
+    """
+    _, data, teacher, _ = begin()
+    z = teacher.start(teacher.draw_lengths(8))
+    z[:, 0] = data.batch(8, teacher.config.length)[:, 0]
+    logits, before = teacher(z), copy.deepcopy(teacher.state_dict())
+    for flags, T in (("", 0.8), ("--temperature 2", 2.0), ("--paper", 1.0)):
+        nets = distill.networks(distill.parse_flags(flags.split())[0], teacher)
+        for net in (nets["model"], nets["ema"]):
+            assert torch.allclose(net(z), logits / T, atol=1e-6)
+            assert T != 1 or all(map(torch.equal, net.state_dict().values(), before.values()))
+        assert all(map(torch.equal, teacher.state_dict().values(), before.values()))
+        assert torch.equal(nets["disc"].body.embed.weight, teacher.embed.weight)
+
+
 def test_the_reference_is_samples_of_the_teacher_as_many_as_a_short_run_uses(folder, monkeypatch):
     """16 of 3 updates of 2 groups of 2, one of them warm-up; else 2,048. In 64 steps, whole."""
     made, sample = [], didi.sample
