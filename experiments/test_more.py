@@ -409,6 +409,8 @@ def test_the_papers_scale_is_its_objective_with_the_published_settings():
     assert scale["G"] == 4 and scale["K"] == 2 and scale["beta"] == (1, 1)
     assert {name: value for name, value in given.items() if value != scale[name]} == {
         "lr": 3e-6, "accumulate": 2, "w": False, "groups": 8}
+    both = vars(distill.parse_flags(["--paper_scale", "--paper"])[0])
+    assert both == scale | {"paper": True}
 
 
 @pytest.mark.parametrize("gb, bf16, parts", [
