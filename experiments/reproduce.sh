@@ -83,7 +83,7 @@ sweep() {
         --causal out/0/causal.pt --student out/0/sdtt.pt --json $results/sweep.json --label sdtt
 }
 
-# What each component does, 25 rows of 23 runs. $1: one seed, or three. Two hours each.
+# What each component does, 26 rows of 24 runs. $1: one seed, or three. Two hours each.
 ablation() {
     OMP_NUM_THREADS=1 python -m experiments.ablate $results/ablation.json --seeds ${1:-0 1 2} \
         --causal out/0/causal.pt
