@@ -100,10 +100,14 @@ rates() {
         distil="python distill.py --groups 8 --teacher out/$t/teacher.pt --out out/$t"
         measure="python -m experiments.evaluate --samples 500 --json $results/rates.json"
         measure="$measure --teacher out/$t/teacher.pt --causal out/0/causal.pt"
-        $distil/fixed.pt --lr 1e-4 --disc_lr 3e-4
+        $distil/fixed.pt --temperature 1 --lr 1e-4 --disc_lr 3e-4
         $measure --student out/$t/fixed.pt --rows student --label "$t, fixed rates"
-        $distil/student.pt
+        $distil/student.pt --temperature 1
         $measure --student out/$t/student.pt --label $t
+        if [ $t = short ]; then
+            $distil/default.pt
+            $measure --student out/$t/default.pt --label "$t, from temperature .8"
+        fi
     done
 }
 
