@@ -42,9 +42,9 @@ def entropy_and(column, rows):
     return [pair for pair in pairs if None not in pair]
 
 
-def at_one(rows, name, steps, column):
-    """`column` of a model in so many steps at temperature 1; NaN where that was not measured."""
-    mine = [row.get(column) for row in rows if key(row) == (name, steps, 1)]
+def at_one(rows, name, steps, column, T=1):
+    """`column` of a model in so many steps at temperature T; NaN where that was not measured."""
+    mine = [row.get(column) for row in rows if key(row) == (name, steps, T)]
     mine = [value for value in mine if value is not None]
     return mine[0] if mine else math.nan
 
@@ -61,11 +61,23 @@ def at_entropy(rows, name, steps, column, entropy):
     return float(np.interp(entropy, *zip(*points), left=math.nan, right=math.nan))
 
 
+def at_data(rows, name, steps, column):
+    """`at_entropy` of the held-out data."""
+    return at_entropy(rows, name, steps, column, of_data(rows))
+
+
+def untrained(rows, name, steps, column):
+    """`at_one`, but of the teacher at temperature .8 in the student's place: a control."""
+    if name == "student":
+        return at_one(rows, "teacher", steps, column, 0.8)
+    return at_one(rows, name, steps, column)
+
+
 def steps_to_match(rows, column, student_steps=8, value=at_one):
     """Steps that the teacher needs for the student's `column` in so many: what those are worth.
 
-    value(rows, name, steps, column): `at_one`, or `at_entropy` at some entropy. Linear in log
-    steps. The fewest steps measured mean at most those; inf more than the most; NaN unknown.
+    value(rows, name, steps, column): `at_one`, `at_data` or `untrained`. Linear in log steps. The
+    fewest steps measured mean at most those; inf more than the most; NaN unknown.
     """
     sign = GOALS[column]
     goal = sign * value(rows, "student", student_steps, column)
@@ -139,7 +151,7 @@ def print_means(results):
 
 
 def print_equal_entropy(swept):
-    """All models at the entropy of held-out data, and the steps that the student saves."""
+    """All models at the entropy of held-out data."""
     runs = {}  # label: of each seed the rows
     for label, seeds in swept.items():
         runs[label] = [run.get("rows", []) for run in seeds.values()]
@@ -157,23 +169,26 @@ def print_equal_entropy(swept):
 def print_worth(results):
     """For how many of the teacher's steps the student's stand, by each measure."""
     print("\nWhat the student's steps are worth in teacher's steps, both at temperature 1 (by "
-          "seed; inf: more than were measured):\n")
+          "seed; inf: more than were measured),\nor both at the entropy of held-out data; "
+          "untrained: what the teacher's own at temperature .8 are worth:\n")
+    ways = {"": at_one, ", equal entropy": at_data, ", untrained": untrained}
     columns = [f"{name} @{steps}" for steps in (4, 8, 16) for name in GOALS]
     print(head(["run", *columns]))
-    for label, seeds in results.items():
+    for (label, seeds), (way, value) in itertools.product(results.items(), ways.items()):
         cells = []
         for steps, name in itertools.product((4, 8, 16), GOALS):
-            needed = [steps_to_match(run.get("rows", []), name, steps) for run in seeds.values()]
+            needed = [steps_to_match(run.get("rows", []), name, steps, value)
+                      for run in seeds.values()]
             cells.append(" ".join(f"{n:.0f}" for n in needed))
         if set(" ".join(cells).split()) != {"nan"}:
-            print(markdown([label, *cells]))
+            print(markdown([label + way, *cells]))
 
 
 def equal_entropy_cells(label, seeds, name, steps, best):
     """A line of that table; seeds: of each seed the rows."""
     cells, reached = [], 0
     for column in best:
-        values = [at_entropy(rows, name, steps, column, of_data(rows)) for rows in seeds]
+        values = [at_data(rows, name, steps, column) for rows in seeds]
         reached = max(reached, sum(not math.isnan(value) for value in values))
         cells.append(common.spread(values, SHOWN[column]))
     if steps is None:

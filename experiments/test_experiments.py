@@ -271,6 +271,22 @@ def test_a_sweeps_table_compares_at_equal_entropy(folder, capsys):
         assert table.curve({}, "student", 8, "post").shape == (0, 2)
 
 
+def test_worth_at_equal_entropy_and_untrained_by_hand(folder, capsys):
+    """8 steps of the student are worth 8 at temperature 1; at an entropy of 2 they have .6, three
+    fifths from .45 to .7, the teacher's 8 and 16; its 8 at .8 have a quarter from .4 to .6."""
+    rows = [{"row": "held-out data", "entropy": 2.0, "post": 1.0}]
+    for n, post in ((4, 0.2), (8, 0.4), (16, 0.6)):
+        rows += [row("teacher", n, 2.1, post), row("teacher", n, 1.9, post + 0.2, 0.7)]
+    rows += [row("teacher", 8, 2.0, 0.45, 0.8)]
+    rows += [row("student", 8, 2.1, 0.4), row("student", 8, 1.9, 0.8, 0.7)]
+    write_results("r.json", rows, sweep=True)
+    assert not table.main(["r.json"])
+    lines = capsys.readouterr().out.splitlines()
+    worth = {line.split(" | ")[0]: line.split(" | ")[5] for line in lines if "nan" in line}
+    assert worth == {"| default": "8", "| default, equal entropy": f"{8 * 2 ** .6:.0f}",
+                     "| default, untrained": f"{8 * 2 ** .25:.0f}"}
+
+
 def test_tables_refuse_what_they_cannot_read(folder, monkeypatch, capsys):
     with open("odd.json", "w") as f:
         f.write("{}}")
