@@ -90,7 +90,7 @@ ablation() {
 }
 
 # Learning rates in the measure of the teacher's weights and fixed ones, for teachers with smaller
-# weights than the default's: trained for less, and wider. 50 minutes.
+# weights than the default's: trained for less, and wider. An hour.
 rates() {
     export OMP_NUM_THREADS=1
     python train_teacher.py --updates 150 --out out/short/teacher.pt
@@ -104,10 +104,8 @@ rates() {
         $measure --student out/$t/fixed.pt --rows student --label "$t, fixed rates"
         $distil/student.pt --temperature 1
         $measure --student out/$t/student.pt --label $t
-        if [ $t = short ]; then
-            $distil/default.pt
-            $measure --student out/$t/default.pt --label "$t, from temperature .8"
-        fi
+        $distil/default.pt
+        $measure --student out/$t/default.pt --rows student --label "$t, from temperature .8"
     done
 }
 
