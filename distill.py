@@ -74,9 +74,7 @@ def load_teacher(args, device, bf16):
     if args.data is None:
         args.data = made["flags"]["data"]
     data = corpus.load(args.data)
-    if not data.fits(made["tokenizer"], teacher.config):
-        raise ValueError(f"{args.teacher} was trained on {made['flags']['data']}, and {args.data} "
-                         "has other tokens, rows or ends: give the same corpus with --data")
+    data.check_fits(args.teacher, made["tokenizer"], teacher.config)
     return teacher, data
 
 

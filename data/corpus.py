@@ -171,10 +171,16 @@ class Corpus:
             x[:, 0] = x[:, -1] = make_tokenizer(self.tokenizer).eot_token
         return x
 
-    def fits(self, tokenizer, config):
-        """Is a network with this tokenizer and model.Config one for such sequences?"""
-        theirs = (tokenizer, config.row_length, config.framed)
-        return theirs == (self.tokenizer, self.length, self.framed)
+    def check_fits(self, path, tokenizer, config):
+        """Is the network in a file one for such sequences? ValueError that says what is not."""
+        differs = {f"{self.tokenizer} tokens for its {tokenizer}": tokenizer != self.tokenizer,
+                   "rows of another length": config.row_length != self.length,
+                   "no ends: make it with --framed": config.framed and not self.framed,
+                   "ends: make it without --framed": self.framed and not config.framed}
+        wrong = [what for what, wrong in differs.items() if wrong]
+        if wrong:
+            raise ValueError(f"{self.folder} does not fit {path}: it has {wrong[0]}, or name "
+                             "another corpus with --data")
 
     def decode(self, x):
         """Token ids (B, L) -> B texts."""

@@ -184,8 +184,17 @@ def test_framed_sequences_begin_and_end_with_an_end_token_and_are_else_as_before
         assert (ours[:, [0, -1]] == 256).all() and not (theirs[:, 0] == 256).all()
         assert torch.equal(ours[:, 1:-1], theirs[:, 1:-1])
     net = types.SimpleNamespace(row_length=0, framed=True)
-    assert framed.fits("bytes", net) and not framed.fits("gpt2", net)
-    assert not bare.fits("bytes", net)
+    framed.check_fits("a.pt", "bytes", net)
+    for data, tokenizer, fault in ((framed, "gpt2", "bytes tokens for its gpt2"),
+                                   (bare, "bytes", "no ends: make it with --framed")):
+        with pytest.raises(ValueError, match=f"{data.folder} does not fit a.pt: it has {fault}"):
+            data.check_fits("a.pt", tokenizer, net)
+    net.framed = False
+    with pytest.raises(ValueError, match="it has ends: make it without --framed"):
+        framed.check_fits("a.pt", "bytes", net)
+    net.row_length = 9
+    with pytest.raises(ValueError, match="it has rows of another length"):
+        bare.check_fits("a.pt", "bytes", net)
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "gpt2"])
@@ -927,7 +936,7 @@ def test_openwebtext_is_streamed_and_a_broken_download_goes_on(folder, server, c
     docs = [list(page) + [256] for page in served]
     train = sum(docs[1:200] + docs[201:], [])
     assert tokens("one", "train") == train and tokens("one", "val") == docs[0] + docs[200]
-    assert corpus.load("one").maker == "text"
+    assert corpus.load("one").maker == "text" and not corpus.load("one").framed
     assert not openwebtext.main([]) and server.served[2:] == [("01.tar", 0)]  # 00 is there
     assert tokens("out/openwebtext", "train")[:len(train)] == train
     refused(openwebtext.main, [], capsys, "out/openwebtext", "--out")
@@ -935,8 +944,8 @@ def test_openwebtext_is_streamed_and_a_broken_download_goes_on(folder, server, c
 
 def test_openwebtext_from_a_server_that_says_no_length(server):
     server.says_length = False
-    assert not openwebtext.main(["--shards", "1"])
-    assert len(tokens("out/openwebtext", "val")) > 0
+    assert not openwebtext.main(["--shards", "1", "--framed"])
+    assert len(tokens("out/openwebtext", "val")) > 0 and corpus.load("out/openwebtext").framed
 
 
 def test_a_download_that_is_all_there_or_too_long(server):

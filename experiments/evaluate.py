@@ -37,6 +37,7 @@ def parse_flags(argv=None):
     add("--causal", default="out/causal.pt", help="of train_teacher.py --causal, if it is there")
     add("--data", help="corpus folder [the one that the model was trained on]")
     add("--rows", choices=("all", "teacher", "student"), default="all", help="whose rows")
+    add("--steps", type=SIZE, nargs="+", help="of teacher, student, guided student [4 to 1,024]")
     add("--sweep", action="store_true", help="steps up to 256 at all temperatures, .7 to 1.2")
     add("--samples", type=SIZE, default=1000, help="in a row; of fewer, mostly noise")
     add("--batch", type=FROM_1, default=256, help="B, sequences at once, at most")
@@ -120,14 +121,16 @@ def make_judge(args, models, data, device):
 
 
 # ---------------------------------------------------------------------------------------- the table
-def plan(models, sweep, L):
-    """[(row, model, steps, temperature, sampler)] for the models there are, at most 4 L steps."""
+def plan(models, sweep, L, given=None):
+    """[(row, model, steps, temperature, sampler)] for the models there are, of the steps given, or
+    at most 4 L of STEPS: the longest text has no more calls in more."""
     rows = []
     for name in [name for name in STEPS if name in models]:
         sampler = "autoregressive" if name == "autoregressive" else "ancestral"
-        for steps in STEPS[name]:
-            if steps is not None and steps > max(256, 4 * L):  # no more calls than before
-                continue
+        of_name = [steps for steps in STEPS[name] if steps is None or steps <= max(256, 4 * L)]
+        if given and name != "autoregressive":
+            of_name = given
+        for steps in of_name:
             several = sweep and (steps or 0) <= 256 or (name, steps) == ("teacher", 8)
             for T in TEMPERATURES if several else (1.0,):
                 rows.append((name, name, steps, T, sampler))
@@ -135,7 +138,7 @@ def plan(models, sweep, L):
         for strength, T in PENALISED:
             rows.append((f"{name}, penalty {strength}", name, 8, T, strength))
     if "discriminator" in models.get("student", ()):
-        for steps in STEPS["student"] if sweep else (8,):
+        for steps in given or (STEPS["student"] if sweep else (8,)):
             rows.append(("student, guided", "student", steps, 1.0, "rgas"))
     return rows
 
@@ -178,7 +181,7 @@ def measure_all(args, models, data, judge):
     for row in ({name: name for name in columns}, *rows):
         print(line(row, columns), flush=True)
     shown = {name: model for name, model in models.items() if args.rows in ("all", name)}
-    for row, name, steps, T, sampler in plan(shown, args.sweep, L):
+    for row, name, steps, T, sampler in plan(shown, args.sweep, L, args.steps):
         model = models[name]
         if isinstance(sampler, float):
             model, sampler = model | {"penalty": sampler}, "ancestral"
@@ -211,9 +214,7 @@ def load(args, device, bf16):
     model = models[names[0]]
     folder = model["flags"]["data"] if args.data is None else args.data
     data = corpus.load(folder)
-    if not data.fits(model["tokenizer"], model["config"]):
-        raise ValueError(f"the models do not fit the corpus {folder}: it has other tokens, rows or "
-                         "ends; name theirs with --data")
+    data.check_fits(paths[names[0]], model["tokenizer"], model["config"])
     return models, data
 
 
@@ -229,7 +230,7 @@ def main(argv=None):
     if judge is None:
         print("no judge: make one with `python train_teacher.py --causal`")
     rows = measure_all(args, models, data, judge)
-    if args.rows == "all":
+    if args.rows == "all" and 8 in (args.steps or (8,)):
         print_comparison(rows)
     if args.json:
         flags = {name: model["flags"] for name, model in models.items()}

@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import pickletools
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
@@ -38,7 +39,8 @@ ANSWERS = (
     ((19184, 318, 925, 286, 17669, 290, 50257, 13),
      {11863: 20.6141, 1660: 18.6909, 367: 18.6207}))
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-MOST_HEADER, MOST_PICKLE, MOST_CONFIG = 10 ** 7, 2 ** 26, 2 ** 20  # bytes; real ones have far less
+# Real files have far less. Bytes; an instruction of a pickle of one byte makes up to 216 of memory
+MOST_HEADER, MOST_PICKLE, MOST_OPS, MOST_CONFIG = 10 ** 6, 2 ** 26, 2 ** 21, 2 ** 20
 MOST_LENGTH = 2 ** 16  # L
 EMBED, INV_FREQ = "vocab_embed.embedding", "rotary_emb.inv_freq"
 TIME = "sigma_map.mlp.0.weight"
@@ -146,12 +148,24 @@ def write_safetensors(path, tensors):
 
 # --------------------------------------------------------------------------- Lightning checkpoints
 class Inert:
-    """Stands for every class and function that a checkpoint names: it keeps and does nothing."""
+    """Stands for a class or a function that a checkpoint names: it keeps and does nothing."""
     def __init__(self, *args, **kwargs):
         pass
 
     def __setstate__(self, state):
         pass
+
+
+def empty_dict(*args):
+    """Stands for defaultdict, which torch fills only if it is a dict: hydra leaves such caches."""
+    return {}
+
+
+def stand_in(name):
+    """What torch makes of a foreign name in a checkpoint; a class each, so that errors name it."""
+    if name == "collections.defaultdict":
+        return empty_dict
+    return type(name[-80:], (Inert,), {})
 
 
 def today(words):
@@ -185,8 +199,12 @@ def foreign_names(path):
             raise ValueError("there is no data.pkl in it, or a file comes twice")
         if pickles[0].file_size > MOST_PICKLE:
             raise ValueError(f"its data.pkl has {pickles[0].file_size} bytes")
-        ops = pickletools.genops(archive.read(pickles[0]))
-        names = {today(arg) for op, arg, _ in ops if op.name == "GLOBAL"}
+        names = set()
+        for number, (op, arg, _) in enumerate(pickletools.genops(archive.read(pickles[0]))):
+            if number == MOST_OPS:
+                raise ValueError(f"its data.pkl has more than {MOST_OPS} instructions")
+            if op.name == "GLOBAL":
+                names.add(today(arg))
     foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     odd = sorted(name for name in names.difference(foreign) if not harmless(name))
     if odd:
@@ -200,14 +218,15 @@ def read_lightning(path):
     No code from the file runs. Raises ValueError in one line, whatever is wrong with it.
     """
     try:
-        stand_ins = [(Inert, name) for name in foreign_names(path)]
+        stand_ins = [(stand_in(name), name) for name in foreign_names(path)]
         with torch.serialization.safe_globals(stand_ins):
             ckpt = torch.load(path, "cpu", weights_only=True, mmap=True)
-    except ValueError as e:
-        reason = "".join(str(e).splitlines()[:1])[:200]
-        raise ValueError(f"{path} is damaged or no checkpoint: {reason}") from None
     except Exception as e:  # a foreign file can fail in any way
-        raise ValueError(f"{path} is damaged or no checkpoint ({type(e).__name__})") from None
+        if isinstance(e, pickle.UnpicklingError):
+            e = e.__context__ or e  # what happened, without torch's advice to trust the file
+        reason = "".join(str(e).splitlines()[:1])[:200]
+        kind = "" if isinstance(e, ValueError) else f"{type(e).__name__}: "
+        raise ValueError(f"{path} is damaged or no checkpoint: {kind}{reason}") from None
     if not isinstance(ckpt, dict) or not isinstance(ckpt.get("state_dict"), dict):
         raise ValueError(f"{path} has no state_dict, so is no Lightning checkpoint: name MDLM's, "
                          "or give --unfold to one of ours")
@@ -496,6 +515,8 @@ def import_teacher(args):
 
 def export(args):
     """Write a checkpoint of ours as MDLM's model.safetensors, and its config.json beside it."""
+    if args.raw:
+        raise ValueError("--raw is for a file of Lightning's: leave it out with --unfold")
     ckpt, net = load_checkpoint(args.file, ("student", "teacher"))
     theirs, config = unfold(net), net.config
     about = {"architectures": ["MDLM"],  # as published: 489 bytes with "_name_or_path"

@@ -102,7 +102,8 @@ def main(argv=None):
     device, bf16 = setup(args)
     teacher, data = distill.load_teacher(args, device, bf16)
     files.check_output(args.out, args.data, args.teacher)
-    memory.check(teacher.config, device, 6, args.batch, 8 * teacher.config.n_embd, "--batch")
+    width = teacher.config.n_embd + teacher.config.vocab_size  # of hidden states and two tables
+    memory.check(teacher.config, device, 6, args.batch, 8 * width, "--batch")
     nets, done, code = train(args, teacher, data)
     save_checkpoint(args.out, nets, kind="student", config=asdict(teacher.config),
                     tokenizer=data.tokenizer, flags=vars(args), **done)

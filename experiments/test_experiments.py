@@ -352,6 +352,14 @@ def test_no_more_steps_than_make_a_difference():
     assert max(steps for _, _, steps, _, _ in evaluate.plan(teacher, False, 256)) == 1024
 
 
+def test_the_steps_given_are_those_of_the_table(models, capsys):
+    assert not evaluate.main([*FEW, "--steps", "3", "300"])
+    rows = json.load(open("r.json"))["default"]["0"]["rows"]
+    steps = [(r["row"], r["steps"]) for r in rows if r.get("T") == 1 and r["steps"]]
+    names = ("teacher", "student", "student, guided")
+    assert steps == [(name, n) for name in names for n in (3, 300)]
+
+
 def test_the_judges_perplexity_by_hand(models):
     """One text after the other, each token up to and including the first end."""
     judge = common.load_model("out/causal.pt", torch.device("cpu"), False)

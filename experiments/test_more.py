@@ -21,7 +21,7 @@ import distill
 import model
 import train_teacher
 from data import command, corpus, memory
-from experiments import ablate, animate, bench, mdlm, sdtt
+from experiments import ablate, animate, bench, common, evaluate, mdlm, sdtt
 from test_didi import check_law
 
 torch.set_num_threads(1)
@@ -414,7 +414,7 @@ def test_the_papers_scale_is_its_objective_with_the_published_settings():
 
 
 @pytest.mark.parametrize("gb, bf16, parts", [
-    (80, True, 1), (24, True, 2), (16, True, 4), (9, True, 4), (80, False, 1), (24, False, 4)])
+    (80, True, 1), (24, True, 1), (16, True, 2), (9, True, 4), (80, False, 1), (24, False, 2)])
 def test_parts_are_chosen_by_the_memory_that_is_free(monkeypatch, capsys, gb, bf16, parts):
     """Six times .65 GB of weights, .4 of tables; 16 sequences of 1024 tokens of 19 blocks' 768 * 40
     bytes, or 76, are 9.6 GB, or 18.2: 13.9, 9.1, 6.7 GB in 1, 2, 4 parts, or 22.5, 13.4, 8.8."""
@@ -430,8 +430,36 @@ def test_parts_are_chosen_by_the_memory_that_is_free(monkeypatch, capsys, gb, bf
         memory.fit_update(args, mdlm.PUBLISHED, torch.device("cpu"), bf16)
     monkeypatch.setattr(memory, "free", lambda device: 6e9)
     args.accumulate = 0
-    with pytest.raises(ValueError, match="lower --"):
+    with pytest.raises(ValueError, match="lower (the size of the t|--groups, or raise --a)"):
         memory.fit_update(args, mdlm.PUBLISHED, torch.device("cpu"), bf16)
+
+
+def test_sequences_at_once_and_parts_are_bounded_in_bytes(monkeypatch):
+    """What is written at once has 4 GiB of float64 at most if all is revealed in a step, a table of
+    log-probabilities 128 MiB, a judge's logits 1 GiB: at MDLM's size and at the default's."""
+    for config in (mdlm.PUBLISHED, model.Config()):
+        V, L = config.vocab_size, config.length
+        assert 0 <= 2 ** 32 - 8 * V * L * config.at_once < 8 * V * L
+        assert 0 <= 2 ** 27 - 4 * V * config.part < 4 * V
+        x = torch.zeros(10 ** 5, 1).expand(-1, L)
+        sizes = {len(part) for part in evaluate.parts_of(x, 10 ** 5, V)}
+        assert 0 <= 2 ** 30 - 4 * V * L * max(sizes) < 4 * V * L
+        assert {len(part) for part in evaluate.parts_of(x, 2, V)} == {2}
+    net = model.Denoiser(model.Config(257, 6, 1, 1, 4, pads=True))
+    seen = []
+
+    def sample(denoiser, z, *more):
+        seen.append(len(z))
+        return z, torch.zeros(len(z))
+    monkeypatch.setattr(didi, "sample", sample)
+    monkeypatch.setattr(model.Config, "at_once", 3)
+    common.write({"denoiser": net, "config": net.config}, 8, 2)
+    assert seen == [3, 3, 3, 2]  # the first one warms up
+    seen.clear()
+    args = distill.parse_flags(["--groups", "2", "--G", "2", "--disc_warmup", "1", "--updates",
+                                "1"])[0]
+    distill.make_reference(args, None, net)
+    assert seen == [3, 3, 3]
 
 
 def test_bench_of_memory(folder, monkeypatch, capsys):
