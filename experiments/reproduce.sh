@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # reproduce.sh - make every file of experiments/results/, and the pictures in assets/, again.
 #
-#     bash experiments/reproduce.sh signatures                       # 11 hours on two cores
+#     bash experiments/reproduce.sh signatures                       # 8 hours on two cores
 #     bash experiments/reproduce.sh text wikinews.train.txt.xz       # 80 minutes
 #     bash experiments/reproduce.sh text_speed wikinews.train.txt.xz # a minute
 #     bash experiments/reproduce.sh proteins cath_S40.fa.xz          # half an hour
@@ -83,7 +83,7 @@ sweep() {
         --causal out/0/causal.pt --student out/0/sdtt.pt --json $results/sweep.json --label sdtt
 }
 
-# What each component does, 26 rows of 24 runs. $1: one seed, or three. Two hours each.
+# What each component does, 26 rows of 24 runs. $1: one seed, or three. 80 minutes each.
 ablation() {
     OMP_NUM_THREADS=1 python -m experiments.ablate $results/ablation.json --seeds ${1:-0 1 2} \
         --causal out/0/causal.pt
