@@ -16,10 +16,9 @@ Sign: a reward is always maximised. The discriminator has label 1 on the referen
 estimates r(z_t) = log q_reference(z_t) - log q_student(z_t), and the student ascends r.
 
 The networks are passed in: denoiser(z (B, L), where (B, L) bool) -> logits (n, V) at the n True
-positions, .hidden(z, where) -> (n, D) and .head(hidden) -> logits its two halves, .in_parts(f, ..)
--> f(..) in little memory; discriminator(z) -> logits (B, L), with (.., where, probs (n, V)) the
-same for soft tokens, .enters(z) -> (B, L) bool, the positions that count. Random numbers come from
-torch's global generator.
+positions, its halves .hidden(z, where) -> (n, D) and .head(hidden) -> logits, .in_parts(f, ..) ->
+f(..) in little memory; discriminator(z) -> logits (B, L), with (.., where, probs (n, V)) the same
+for soft tokens, .enters(z) -> (B, L) bool, the positions that count. Random numbers: torch's.
 """
 import functools
 import math
@@ -128,8 +127,8 @@ def time_grid(steps):
 def sample(denoiser, z, steps, mask_id, temperature=1.0, on_step=None):
     """Fill the masks of z (B, L) in `steps` ancestral steps; the last, to 0, reveals all.
 
-    Returns x (B, L) and nfe (B,), denoiser calls: at most `steps`, and at most a row's number of
-    masks. on_step(z_s) is called after each.
+    Returns x (B, L) and nfe (B,), denoiser calls: at most `steps`, and at most a row's masks.
+    on_step(z_s) is called after each.
     """
     times, nfe = time_grid(steps), torch.zeros(len(z), dtype=torch.long, device=z.device)
     for t, s in zip(times[:-1], times[1:]):
@@ -145,8 +144,7 @@ def draw_levels(t, K, a=1.0, b=1.0):
     """Levels t = l_0 > l_1 > .. > l_K = 0 of K-step rollouts, (K + 1, B); tau (B,); its density pi.
 
     Each level above 0 is u ~ Beta(a, b), clamped to [.02, .98], of the one before; tau is the last,
-    pi its density given the one before. The paper has K = 2, t = 1. With K = 1, no intermediate
-    state, tau only serves to mask x again.
+    pi its density given that. The paper has K = 2, t = 1; with K = 1 tau only masks x again.
     """
     beta = torch.distributions.Beta(torch.full_like(t, a), torch.full_like(t, b))
     levels = [t]
@@ -204,11 +202,9 @@ def pool(values, enter):
 
 
 def discriminator_loss(logits_ref, enter_ref, logits_student, enter_student, smoothing=0.0):
-    """Binary cross-entropy in nats, label 1 on reference states; logits and enter are (B, L).
-
-    Averaged over the positions that enter, then over sequences. smoothing e: labels 1 - e and e,
-    which bound the optimal logit at log((1 - e)/e).
-    """
+    """Binary cross-entropy in nats, label 1 on reference states, of logits and enter (B, L): a mean
+    of positions that enter, then of sequences. smoothing e: labels 1 - e and e, which bound the
+    optimal logit at log((1 - e)/e)."""
     def cross_entropy(logits, enter, label):
         labels = torch.full_like(logits, label, dtype=torch.float32)
         loss = F.binary_cross_entropy_with_logits(logits.float(), labels, reduction="none")
@@ -223,6 +219,12 @@ def reward(logits, enter, clip=8.0):
     return pool(logits.detach().float(), enter).clamp(-clip, clip)
 
 
+def ratio_power(r, a):
+    """((q_ref/q_student)^a - 1)/a of the log ratio r; a = 0: r. As a reward it lets the student
+    descend KL(q_student || q_ref) for 0 (the paper), KL(q_ref || q_student) for 1, chi^2 for 2."""
+    return torch.expm1(a * r) / a if a else r
+
+
 def grouped_advantage(r, G, clip=3.0, eps=1e-4):
     """A = (r - mean)/(std + eps) within groups, clipped; r (B*G,), groups side by side."""
     r = r.view(-1, G)
@@ -232,7 +234,7 @@ def grouped_advantage(r, G, clip=3.0, eps=1e-4):
 
 
 # ------------------------------------------------------------------------------- 5. student step
-KL_KINDS = ("forward", "reverse", "jeffreys")
+KL_KINDS = ("forward", "reverse")
 
 
 def weight(t):
@@ -241,9 +243,7 @@ def weight(t):
 
 
 def kl_to_teacher(log_p_student, log_p_teacher, kind):
-    """KL (n,), nats, of rows (n, V): "forward" = KL(teacher || student), "reverse", "jeffreys"."""
-    if kind == "jeffreys":
-        return sum(kl_to_teacher(log_p_student, log_p_teacher, k) for k in KL_KINDS[:2]) / 2
+    """KL (n,), nats, of rows (n, V): "forward" = KL(teacher || student), or "reverse"."""
     if kind == "reverse":
         log_p_student, log_p_teacher = log_p_teacher, log_p_student
     return (log_p_teacher.exp() * (log_p_teacher - log_p_student)).sum(-1)

@@ -50,6 +50,7 @@ def parse_flags(argv=None):
     add("--disc_warmup", type=FROM_0, default=100, help="updates of the discriminator alone")
     # 4. reward and 5. student
     add("--temperature", type=RATE, default=0.8, help="the student begins as the teacher at this")
+    add("--power", type=between(0, 4), default=0.0, help="of the density ratio; 0: its logarithm")
     add("--group_norm", action=on_off, default=True, help="advantages; off: the bare reward")
     add("--eps", type=RATE, default=0.1, help="A = (r - mean)/(std + eps): even groups count less")
     add("--w", action=on_off, default=False, help="weight 1/t at the level t of the reward")
@@ -158,10 +159,10 @@ def update(args, nets, teacher, reference, groups, moving):
         with torch.no_grad():
             logits = torch.cat((logits, disc(z_student[n:])))
         r_ref, r = didi.reward(logits_ref, enter_ref), didi.reward(logits, enter)  # (n,), (B,)
-        advantage = didi.grouped_advantage(r, G, eps=args.eps) if args.group_norm else r
-        right = (r_ref > 0).float().mean() + (r < 0).float().mean()
-        row = {"disc_loss": loss.item(), "disc_acc": right.item() / 2,
-               "r_ref": r_ref.mean().item(), "r_student": r.mean().item(),
+        shaped = didi.ratio_power(r, args.power)
+        advantage = didi.grouped_advantage(shaped, G, eps=args.eps) if args.group_norm else shaped
+        row = {"disc_loss": loss.item(), "r_ref": r_ref.mean().item(), "r_student": r.mean().item(),
+               "disc_acc": ((r_ref > 0).float().mean() + (r < 0).float().mean()).item() / 2,
                "spread": r.view(-1, G).std(1, correction=0).mean().item()}
         # 5. student step: policy gradient, KL to the teacher, entropy bonus
         if moving:

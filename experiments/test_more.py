@@ -508,10 +508,27 @@ def test_pictures_without_matplotlib_say_what_to_install(monkeypatch):
         animate.main(["a.gif"])
 
 
+# -------------------------------------------------------------------------- other divergences
+@pytest.mark.parametrize("a", [0, 0.5, 1, 2, 3])
+def test_a_power_of_the_ratio_descends_its_divergence(a):
+    """E_q[reward * grad log q] against autograd of the alpha-divergence of enumerated laws."""
+    p, theta = torch.randn(9).double().softmax(0), torch.randn(9).double().requires_grad_()
+    q = theta.softmax(0)
+    exact = {0: (q * (q / p).log()).sum(), 1: (p * (p / q).log()).sum(), 2: (p ** 2 / q).sum() / 2}
+    divergence = exact.get(a)
+    if divergence is None:
+        divergence = -(q ** (1 - a) * p ** a).sum() / (a * (1 - a))
+    slope, = torch.autograd.grad(divergence, theta, retain_graph=True)
+    reward = didi.ratio_power((p / q).log().detach(), a)
+    ours, = torch.autograd.grad((q.detach() * reward * q.log()).sum(), theta)
+    assert torch.allclose(ours, -slope, atol=1e-12)
+    assert torch.equal(reward.argsort(), (p / q).argsort())
+
+
 # ----------------------------------------------------------------- the loop of distill.py, by hand
 WAYS = ["--groups 3", "--groups 5 --G 3 --K 2 --w --pi --beta 2 3 --kl_kind forward --kl 2",
-        "--groups 3 --K 1 --no-group_norm --w --eps .01",
-        "--groups 4 --G 3 --no-coupled --w --pi --kl_kind jeffreys --eps .01",
+        "--groups 3 --K 1 --no-group_norm --w --eps .01 --power .5",
+        "--groups 4 --G 3 --no-coupled --w --pi --power 2 --eps .01",
         "--groups 4 --accumulate 2 --pi --kl 0"]
 PAD, HIDDEN = 256, 257  # of bytes
 
@@ -564,7 +581,7 @@ def student_by_hand(args, student, teacher, states, weights):
         log_prob = log_prob + (token * ((before == HIDDEN) & (after != HIDDEN))).sum(1)
         p, q = log_p[before == HIDDEN], log_q[before == HIDDEN]  # (n, V)
         forward, reverse = (q.exp() * (q - p)).sum(1).mean(), (p.exp() * (p - q)).sum(1).mean()
-        kinds = {"forward": forward, "reverse": reverse, "jeffreys": (forward + reverse) / 2}
+        kinds = {"forward": forward, "reverse": reverse}
         kl = kl + kinds[args.kl_kind] / args.K * (args.kl > 0)  # that of weight 0 is not computed
         entropy = entropy - (p.exp() * p).sum(1).mean() / args.K
     return -(weights * log_prob).mean() * len(x) / (x != PAD).sum(), kl, entropy
@@ -573,8 +590,10 @@ def student_by_hand(args, student, teacher, states, weights):
 def weights_by_hand(args, r, level, pi):
     """A * w (B,): the advantages of rewards r (B,) at these levels."""
     A = r
+    if args.power:
+        A = ((args.power * r).exp() - 1) / args.power
     if args.group_norm:
-        groups = [(g - g.mean()) / (g.var(correction=0).sqrt() + args.eps) for g in r.split(args.G)]
+        groups = [(g - g.mean()) / (g.var(correction=0).sqrt() + args.eps) for g in A.split(args.G)]
         A = torch.cat(groups).clamp(-3, 3)
     if args.w:
         A = A * torch.tensor([min(max(1 / t, 0.1), 10) for t in level.tolist()])
