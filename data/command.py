@@ -86,7 +86,7 @@ def parse_run(p, argv, load):
 def stored_words(p, flags, path):
     """The command line that gives these flags, a dict from the checkpoint at `path`. ValueError if
     there is none: the checkpoint is of another version, or damaged."""
-    words, why = [], "other ones"
+    words, why = [], "of another command or version"
     try:
         for action in p._actions:
             value, names = flags.get(action.dest), action.option_strings
@@ -101,7 +101,8 @@ def stored_words(p, flags, path):
             return words
     except (ValueError, TypeError, RecursionError) as e:
         why = e
-    raise ValueError(f"{path} has flags that cannot be given here ({why}): make it again")
+    raise ValueError(f"{path} has flags that cannot be given here ({why}): make it again, or begin "
+                     "anew with another --out")
 
 
 def setup(args):
