@@ -173,14 +173,18 @@ class Corpus:
 
     def check_fits(self, path, tokenizer, config):
         """Is the network in a file one for such sequences? ValueError that says what is not."""
-        differs = {f"{self.tokenizer} tokens for its {tokenizer}": tokenizer != self.tokenizer,
-                   "rows of another length": config.row_length != self.length,
-                   "no ends: make it with --framed": config.framed and not self.framed,
-                   "ends: make it without --framed": self.framed and not config.framed}
-        wrong = [what for what, wrong in differs.items() if wrong]
-        if wrong:
-            raise ValueError(f"{self.folder} does not fit {path}: it has {wrong[0]}, or name "
-                             "another corpus with --data")
+        fault = None
+        if tokenizer != self.tokenizer:
+            fault = f"{self.tokenizer} tokens for its {tokenizer}: make it again"
+        elif config.row_length != self.length:
+            fault = "rows of another length: make it again"
+        elif config.framed and not self.framed:
+            fault = "no ends: make it with --framed"
+        elif self.framed and not config.framed:
+            fault = "ends: make it without --framed"
+        if fault:
+            raise ValueError(f"{self.folder} does not fit {path}: it has {fault}, or name another "
+                             "corpus with --data")
 
     def decode(self, x):
         """Token ids (B, L) -> B texts."""
