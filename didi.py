@@ -13,7 +13,7 @@ t, tau, s         diffusion time in [0, 1], 1 = all masked: a float or (B,)
 log_p_x           log p(x_i | z_t) after SUBS (n, V), at n positions picked out of (B, L)
 B, L, V, G, K     sequences, tokens of each, tokens to predict (no mask, no pad), group, steps
 Sign: a reward is always maximised. The discriminator has label 1 on the reference, so its logit
-estimates r(z_t) = log q_reference(z_t) - log q_student(z_t), and the student ascends r.
+estimates r(z_t) = log q_reference(z_t) - log q_student(z_t); the student ascends r or its power.
 
 The networks are passed in: denoiser(z (B, L), where (B, L) bool) -> logits (n, V) at the n True
 positions, its halves .hidden(z, where) -> (n, D) and .head(hidden) -> logits, .in_parts(f, ..) ->
@@ -220,8 +220,8 @@ def reward(logits, enter, clip=8.0):
 
 
 def ratio_power(r, a):
-    """((q_ref/q_student)^a - 1)/a of the log ratio r; a = 0: r. As a reward it lets the student
-    descend KL(q_student || q_ref) for 0 (the paper), KL(q_ref || q_student) for 1, chi^2 for 2."""
+    """((q_ref/q_student)^a - 1)/a of the log ratio r; r for a = 0. Bare, it descends KL(q_student
+    || q_ref) for 0 (the paper), KL(q_ref || q_student) for 1, chi^2(q_ref || q_student)/2 for 2."""
     return torch.expm1(a * r) / a if a else r
 
 

@@ -25,7 +25,7 @@ from model import (RANK, Discriminator, average_gradients, load_checkpoint, rest
 
 PAPER = {"groups": 32, "G": 4, "K": 2, "w": True, "pi": True, "smoothing": 0.1,
          "kl_kind": "forward", "kl": 0.1, "entropy": 0.01, "eps": 1e-4,
-         "coupled": True, "temperature": 1.0}  # but for the rate: theirs, of 169 M weights, is 1e-6
+         "power": 0.0, "temperature": 1.0}  # but for the rate: theirs, of 169 M weights, is 1e-6
 SCALE = PAPER | {"groups": 4, "disc_blocks": 4, "disc_warmup": 0, "lr": 1e-6, "disc_lr": 1e-5,
                  "ema": 0.999, "updates": 10_000, "reference": "data", "eval_every": 500,
                  "accumulate": 0}
@@ -43,18 +43,18 @@ def parse_flags(argv=None):
     add("--beta", type=RATE, nargs=2, default=(1.0, 1.0), help="a, b of next/last level ~ Beta")
     # 2. and 3. noising and discriminator
     add("--reference", choices=("teacher", "data"), default="teacher", help="what has label 1")
-    add("--coupled", action=on_off, default=False, help="noise x at the rollout's tau, not U(0, 1)")
+    add("--coupled", action=on_off, default=True, help="noise x at the rollout's tau; off: U(0, 1)")
     add("--smoothing", type=between(0, 0.49), default=0.0, help="label e bounds the logit")
     add("--disc_blocks", type=FROM_0, default=3, help="last trunk blocks that train, at most all")
     add("--disc_lr", type=RATE, help="its learning rate [3 times the student's]")
     add("--disc_warmup", type=FROM_0, default=100, help="updates of the discriminator alone")
     # 4. reward and 5. student
     add("--temperature", type=RATE, default=0.8, help="the student begins as the teacher at this")
-    add("--power", type=between(0, 4), default=0.0, help="reward: (ratio ** this - 1)/this; 0: log")
+    add("--power", type=between(0, 4), default=2.0, help="reward R = (ratio ** this - 1)/this; 0: r")
     add("--group_norm", action=on_off, default=True, help="advantages; off: the bare reward")
-    add("--eps", type=RATE, default=0.1, help="A = (r - mean)/(std + eps): even groups count less")
+    add("--eps", type=RATE, default=0.1, help="A = (R - mean)/(std + eps): even groups count less")
     add("--w", action=on_off, default=False, help="weight 1/t at the level t of the reward")
-    add("--pi", action=on_off, default=False, help="with --coupled: divide by tau's density")
+    add("--pi", action=on_off, default=False, help="if coupled: divide by tau's density")
     add("--kl", type=WEIGHT, default=0.0, help="weight of the KL to the teacher, per masked token")
     add("--kl_kind", choices=didi.KL_KINDS, default="reverse", help="forward: teacher || student")
     add("--entropy", type=WEIGHT, default=0.0, help="weight of the entropy bonus, per masked token")
@@ -145,7 +145,7 @@ def update(args, nets, teacher, reference, groups, moving):
             compared = teacher if moving and args.kl > 0 else None  # and then kl is 0
             x, log_prob, (kl, entropy) = didi.rollout(student, z_1, levels, mask_id, G, compared,
                                                       args.kl_kind)  # (B, L), (B,), (2,)
-        # 2. mask x again at a level of its own, or (coupled time) at tau, and a reference alike
+        # 2. mask x again at tau (coupled time), or at a level of its own, and a reference alike
         level, w = (of.repeat_interleave(G) for of in reward_levels(args, tau, pi))  # (B,) each
         z_student = didi.forward_mask(x, level, mask_id, pad_id)
         n = (groups + 1) // 2 * G  # half of the groups are enough to train the discriminator

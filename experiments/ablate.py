@@ -36,10 +36,10 @@ LEFT_OUT = {  # one thing less than all, in the paper's setting
 ONE_CHANGE = {
     "default": "", "default, guided sampler": "", "no intermediate-state matching": "--K 1",
     "rollouts of two steps": "--K 2", "32 groups of 4": "--groups 32 --G 4",
-    "no grouped normalisation": "--no-group_norm", "KL and entropy": "--kl .09 --entropy .01",
-    "coupled time": "--coupled", "coupled time, w(t) and pi(t)": "--coupled --w --pi",
-    "w(t)": "--w", "data as the reference": "--reference data", "power 2 of the ratio": "--power 2",
-    "power 4, rollouts of two steps": "--power 4 --K 2",
+    "no grouped normalisation": "--no-group_norm", "smoothing": "--smoothing .1",
+    "KL and entropy": "--kl .09 --entropy .01", "no coupled time": "--no-coupled",
+    "w(t) and pi(t)": "--w --pi", "the log of the ratio": "--power 0",
+    "power 4 of the ratio": "--power 4", "data as the reference": "--reference data",
     "begins at temperature 1": "--temperature 1", "begins at temperature .6": "--temperature .6"}
 STEPS = (4, 8, 16, 32)
 KEPT = ("post", "judge_ppl", "tv", "js3", "entropy", "ks", "rare", "returns", "js2", "rep4")

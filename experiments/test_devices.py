@@ -125,7 +125,7 @@ def match():
 RUNS = {
     "update": lambda: move(""), "paper": lambda: move("--paper"), "K 1": lambda: move("--K 1"),
     "paper_scale": lambda: move("--paper_scale"), "warm-up": lambda: move("", moving=False),
-    "rest": lambda: move("--no-group_norm --coupled --w --kl .1 --power 2"),
+    "rest": lambda: move("--no-group_norm --no-coupled --w --kl .1 --power 0"),
     "teacher": lambda: train(False), "causal": lambda: train(True), "SDTT": match,
     "sample": write, "guided": lambda: write(guided=True), "autoregressive": write_one_by_one,
     "teacher samples": teacher_samples}
