@@ -50,7 +50,7 @@ def parse_flags(argv=None):
     add("--disc_warmup", type=FROM_0, default=100, help="updates of the discriminator alone")
     # 4. reward and 5. student
     add("--temperature", type=RATE, default=0.8, help="the student begins as the teacher at this")
-    add("--power", type=between(0, 4), default=2.0, help="reward (ratio ** this - 1)/this; 0: r")
+    add("--power", type=between(0, 4), default=2.0, help="reward R = (ratio**this - 1)/this; 0: r")
     add("--group_norm", action=on_off, default=True, help="advantages; off: the bare reward")
     add("--eps", type=RATE, default=0.1, help="A = (R - mean)/(std + eps): even groups count less")
     add("--w", action=on_off, default=False, help="weight 1/t at the level t of the reward")

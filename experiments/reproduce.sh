@@ -35,7 +35,8 @@ for path in sys.argv[1:]:
         log = [json.loads(line) for line in f]
     wanted = {"kl", "nelbo"}  # without tables and warm-up
     rows = [row for row in log if wanted & row.keys()][-280:]
-    names = [name for name in ("disc_acc", "spread", "norm", "kl", "nelbo") if name in rows[-1]]
+    names = ("disc_acc", "r_student", "spread", "norm", "kl", "nelbo")
+    names = [name for name in names if name in rows[-1]]
     means = {name: round(sum(row[name] for row in rows) / len(rows), 3) for name in names}
     print(f"{path}: {rows[-1]['seconds'] / 60:.1f} minutes; last {len(rows)} rows: {means}")
     for table in [row for row in log if "seconds" not in row][-1:]:
@@ -96,13 +97,14 @@ rates() {
     python train_teacher.py --updates 150 --out out/short/teacher.pt
     python train_teacher.py --n_embd 384 --n_head 6 --lr 4e-3 --updates 300 \
         --out out/wide/teacher.pt
+    before="--temperature 1 --power 0 --no-coupled"  # the default when these were measured
     for t in short wide; do
         distil="python distill.py --groups 8 --teacher out/$t/teacher.pt --out out/$t"
         measure="python -m experiments.evaluate --samples 500 --json $results/rates.json"
         measure="$measure --teacher out/$t/teacher.pt --causal out/0/causal.pt"
-        $distil/fixed.pt --temperature 1 --lr 1e-4 --disc_lr 3e-4
+        $distil/fixed.pt $before --lr 1e-4 --disc_lr 3e-4
         $measure --student out/$t/fixed.pt --rows student --label "$t, fixed rates"
-        $distil/student.pt --temperature 1
+        $distil/student.pt $before
         $measure --student out/$t/student.pt --label $t
         $distil/default.pt
         $measure --student out/$t/default.pt --rows student --label "$t, from temperature .8"

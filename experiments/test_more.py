@@ -22,7 +22,7 @@ import model
 import train_teacher
 from data import command, corpus, memory
 from experiments import ablate, animate, bench, common, evaluate, mdlm, sdtt
-from test_didi import check_law
+from test_didi import CONFIG, check_law
 
 torch.set_num_threads(1)
 V, MASK, L = 3, 3, 2
@@ -511,8 +511,7 @@ def test_pictures_without_matplotlib_say_what_to_install(monkeypatch):
 # ------------------------------------------------------------- tokens that are not drawn yet
 def test_soft_tokens_that_are_one_hot_are_tokens():
     """Logits of one-hot soft tokens against those of the tokens; in bfloat16 nearly so."""
-    config = model.Config(vocab_size=7, length=5, n_layer=3, n_head=2, n_embd=8)
-    D, z = model.Discriminator(model.Denoiser(config), 1).eval(), torch.randint(0, 8, (4, 5))
+    D, z = model.Discriminator(model.Denoiser(CONFIG), 1).eval(), torch.randint(0, 8, (4, 5))
     where = (z != 7) & (torch.rand(4, 5) < 0.5)
     probs = F.one_hot(z[where], 7).float().requires_grad_()
     soft = D(z.masked_fill(where, 0), where, probs)
