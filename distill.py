@@ -23,9 +23,9 @@ from data.command import (FROM_0, FROM_1, RATE, SHARE, SIZE, WEIGHT, add_run_fla
 from model import (RANK, Discriminator, average_gradients, load_checkpoint, restore,
                    save_checkpoint, update_ema)
 
-PAPER = {"groups": 32, "G": 4, "K": 2, "w": True, "pi": True, "smoothing": 0.1,
-         "kl_kind": "forward", "kl": 0.1, "entropy": 0.01, "eps": 1e-4,
-         "power": 0.0, "temperature": 1.0}  # but for the rate: theirs, of 169 M weights, is 1e-6
+PAPER = {"groups": 32, "G": 4, "K": 2, "w": True, "pi": True, "smoothing": 0.1, "eps": 1e-4,
+         "kl_kind": "forward", "kl": 0.1, "entropy": 0.01, "power": 0.0, "temperature": 1.0,
+         "reference": "teacher"}  # but for the rate: theirs, of 169 M weights, is 1e-6
 SCALE = PAPER | {"groups": 4, "disc_blocks": 4, "disc_warmup": 0, "lr": 1e-6, "disc_lr": 1e-5,
                  "ema": 0.999, "updates": 10_000, "reference": "data", "eval_every": 500,
                  "accumulate": 0}
@@ -42,14 +42,14 @@ def parse_flags(argv=None):
     add("--K", type=SIZE, default=3, help="steps of a rollout; 1: no intermediate-state matching")
     add("--beta", type=RATE, nargs=2, default=(1.0, 1.0), help="a, b of next/last level ~ Beta")
     # 2. and 3. noising and discriminator
-    add("--reference", choices=("teacher", "data"), default="teacher", help="what has label 1")
+    add("--reference", choices=("data", "teacher"), default="data", help="what has label 1")
     add("--coupled", action=on_off, default=True, help="noise x at the rollout's tau; off: U(0, 1)")
     add("--smoothing", type=between(0, 0.49), default=0.0, help="label e bounds the logit")
     add("--disc_blocks", type=FROM_0, default=3, help="last trunk blocks that train, at most all")
-    add("--disc_lr", type=RATE, help="its learning rate [3 times the student's]")
+    add("--disc_lr", type=RATE, help="its learning rate [10 times the student's]")
     add("--disc_warmup", type=FROM_0, default=100, help="updates of the discriminator alone")
     # 4. reward and 5. student
-    add("--temperature", type=RATE, default=0.8, help="the student begins as the teacher at this")
+    add("--temperature", type=RATE, default=0.6, help="the student begins as the teacher at this")
     add("--power", type=between(0, 4), default=2.0, help="reward R = (ratio**this - 1)/this; 0: r")
     add("--group_norm", action=on_off, default=True, help="advantages; off: the bare reward")
     add("--eps", type=RATE, default=0.1, help="A = (R - mean)/(std + eps): even groups count less")
@@ -60,7 +60,7 @@ def parse_flags(argv=None):
     add("--entropy", type=WEIGHT, default=0.0, help="weight of the entropy bonus, per masked token")
     add("--lr", type=RATE, help="student's; falls to a tenth [6e-4 of the teacher's RMS weight]")
     add("--ema", type=SHARE, default=0.99, help="decay of the weight average that is sampled")
-    add("--updates", type=FROM_1, default=300, help="updates of the student")
+    add("--updates", type=FROM_1, default=200, help="updates of the student")
     add("--teacher", default="out/teacher.pt", help="checkpoint of train_teacher.py")
     add("--data", help="corpus folder [the teacher's]")
     add_run_flags(add, 60, "out/student.pt", least=0, fit="; 0: as few as fit")
@@ -86,7 +86,7 @@ def networks(args, teacher):
     args, by the RMS of the teacher's matrices: AdamW moves each weight by about its rate."""
     matrices = torch.cat([p.flatten() for p in teacher.blocks.parameters() if p.dim() == 2])
     args.lr = args.lr or 6e-4 * matrices.square().mean().sqrt().item()
-    args.disc_lr = args.disc_lr or 3 * args.lr
+    args.disc_lr = args.disc_lr or 10 * args.lr
     average = copy.deepcopy(teacher)
     for p in average.out.parameters():
         p.div_(args.temperature)

@@ -39,8 +39,9 @@ ONE_CHANGE = {
     "no grouped normalisation": "--no-group_norm", "smoothing": "--smoothing .1",
     "KL and entropy": "--kl .09 --entropy .01", "no coupled time": "--no-coupled",
     "w(t) and pi(t)": "--w --pi", "the log of the ratio": "--power 0",
-    "power 4 of the ratio": "--power 4", "data as the reference": "--reference data",
-    "begins at temperature 1": "--temperature 1", "begins at temperature .6": "--temperature .6"}
+    "teacher samples as the reference": "--reference teacher",
+    "a slower discriminator": "--disc_lr 3.2e-4", "300 updates": "--updates 300",
+    "begins at temperature 1": "--temperature 1", "begins at temperature .8": "--temperature .8"}
 STEPS = (4, 8, 16, 32)
 KEPT = ("post", "judge_ppl", "tv", "js3", "entropy", "ks", "rare", "returns", "js2", "rep4")
 

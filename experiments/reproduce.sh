@@ -84,7 +84,7 @@ sweep() {
         --causal out/0/causal.pt --student out/0/sdtt.pt --json $results/sweep.json --label sdtt
 }
 
-# What each component does, 28 rows of 26 runs. $1: one seed, or three. 90 minutes each.
+# What each component does, 29 rows of 27 runs. $1: one seed, or three. 90 minutes each.
 ablation() {
     OMP_NUM_THREADS=1 python -m experiments.ablate $results/ablation.json --seeds ${1:-0 1 2} \
         --causal out/0/causal.pt
