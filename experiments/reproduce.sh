@@ -76,7 +76,7 @@ others() {
     done
 }
 
-# Quality against entropy, of seed 0: all numbers of steps at six temperatures. 40 minutes.
+# Quality against entropy, of seed 0: all numbers of steps at seven temperatures. 45 minutes.
 sweep() {
     python -m experiments.evaluate --sweep --teacher out/0/teacher.pt --causal out/0/causal.pt \
         --student out/0/default.pt --json $results/sweep.json --label default

@@ -67,9 +67,9 @@ def at_data(rows, name, steps, column):
 
 
 def untrained(rows, name, steps, column):
-    """`at_one`, but of the teacher at temperature .8 in the student's place: a control."""
+    """`at_one`, but of the teacher at temperature .6 in the student's place: a control."""
     if name == "student":
-        return at_one(rows, "teacher", steps, column, 0.8)
+        return at_one(rows, "teacher", steps, column, 0.6)
     return at_one(rows, name, steps, column)
 
 
@@ -170,7 +170,7 @@ def print_worth(results):
     """For how many of the teacher's steps the student's stand, by each measure."""
     print("\nWhat the student's steps are worth in teacher's steps, both at temperature 1 (by "
           "seed; inf: more than were measured),\nor both at the entropy of held-out data; "
-          "untrained: what the teacher's own at temperature .8 are worth:\n")
+          "untrained: what the teacher's own at temperature .6 are worth:\n")
     ways = {"": at_one, ", equal entropy": at_data, ", untrained": untrained}
     columns = [f"{name} @{steps}" for steps in (4, 8, 16) for name in GOALS]
     print(head(["run", *columns]))
