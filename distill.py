@@ -1,6 +1,6 @@
 """distill.py - DiDi-Instruct (arXiv 2509.25035): distil the teacher into a few-step student.
 
-    python distill.py                       # out/teacher.pt -> out/student.pt, some 2 minutes
+    python distill.py                       # out/teacher.pt -> out/student.pt, some 3 minutes
     python distill.py --paper               # the paper's own objective, at our size
     python distill.py --paper_scale         # its whole experiment: a teacher of experiments.mdlm
     torchrun --standalone --nproc_per_node=8 distill.py
@@ -60,7 +60,7 @@ def parse_flags(argv=None):
     add("--entropy", type=WEIGHT, default=0.0, help="weight of the entropy bonus, per masked token")
     add("--lr", type=RATE, help="student's; falls to a tenth [6e-4 of the teacher's RMS weight]")
     add("--ema", type=SHARE, default=0.99, help="decay of the weight average that is sampled")
-    add("--updates", type=FROM_1, default=200, help="updates of the student")
+    add("--updates", type=FROM_1, default=300, help="updates of the student")
     add("--teacher", default="out/teacher.pt", help="checkpoint of train_teacher.py")
     add("--data", help="corpus folder [the teacher's]")
     add_run_flags(add, 60, "out/student.pt", least=0, fit="; 0: as few as fit")

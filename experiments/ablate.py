@@ -36,13 +36,12 @@ LEFT_OUT = {  # one thing less than all, in the paper's setting
 ONE_CHANGE = {
     "default": "", "default, guided sampler": "", "no intermediate-state matching": "--K 1",
     "rollouts of two steps": "--K 2", "the log of the ratio": "--power 0",
-    "no grouped normalisation": "--no-group_norm",
+    "no grouped normalisation": "--no-group_norm", "200 updates": "--updates 200",
     "teacher samples as the reference": "--reference teacher",
-    "a slower discriminator": "--disc_lr 3.2e-4", "300 updates": "--updates 300",
-    "begins at temperature .8": "--temperature .8", "begins at temperature 1": "--temperature 1",
-    "32 groups of 4": "--groups 32 --G 4", "w(t) and pi(t)": "--w --pi",
-    "no coupled time": "--no-coupled", "KL and entropy": "--kl .09 --entropy .01",
-    "smoothing": "--smoothing .1"}
+    "a slower discriminator": "--disc_lr 3.2e-4", "KL and entropy": "--kl .09 --entropy .01",
+    "w(t) and pi(t)": "--w --pi", "begins at temperature .8": "--temperature .8",
+    "begins at temperature 1": "--temperature 1", "32 groups of 4": "--groups 32 --G 4",
+    "no coupled time": "--no-coupled", "smoothing": "--smoothing .1"}
 STEPS = (4, 8, 16, 32)
 KEPT = ("post", "judge_ppl", "tv", "js3", "entropy", "ks", "rare", "returns", "js2", "rep4")
 

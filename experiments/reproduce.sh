@@ -97,17 +97,22 @@ rates() {
     python train_teacher.py --updates 150 --out out/short/teacher.pt
     python train_teacher.py --n_embd 384 --n_head 6 --lr 4e-3 --updates 300 \
         --out out/wide/teacher.pt
-    before="--temperature 1 --power 0 --no-coupled"  # the default when these were measured
+    # the default when these were measured
+    before="--temperature 1 --power 0 --no-coupled --reference teacher"
     for t in short wide; do
+        slower=8.3e-5  # for the discriminator, then three times the student's
+        if [ $t = wide ]; then
+            slower=5.8e-5
+        fi
         distil="python distill.py --groups 8 --teacher out/$t/teacher.pt --out out/$t"
         measure="python -m experiments.evaluate --samples 500 --json $results/rates.json"
         measure="$measure --teacher out/$t/teacher.pt --causal out/0/causal.pt"
         $distil/fixed.pt $before --lr 1e-4 --disc_lr 3e-4
         $measure --student out/$t/fixed.pt --rows student --label "$t, fixed rates"
-        $distil/student.pt $before
+        $distil/student.pt $before --disc_lr $slower
         $measure --student out/$t/student.pt --label $t
         $distil/default.pt
-        $measure --student out/$t/default.pt --rows student --label "$t, from temperature .8"
+        $measure --student out/$t/default.pt --rows student --label "$t, default"
     done
 }
 
@@ -186,7 +191,7 @@ proteins() {
     models="--teacher out/protein/teacher.pt --causal out/protein/causal.pt"
     python train_teacher.py --data out/cath --minutes 4 --out out/protein/teacher.pt
     python train_teacher.py --data out/cath --minutes 2 --causal --out out/protein/causal.pt
-    python distill.py --groups 8 --disc_warmup 60 --updates 290 --teacher out/protein/teacher.pt \
+    python distill.py --groups 8 --disc_warmup 60 --teacher out/protein/teacher.pt \
         --out out/protein/student.pt
     python -m experiments.evaluate --samples 500 $models --student out/protein/student.pt \
         --json $results/protein.json --label protein
