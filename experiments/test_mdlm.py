@@ -567,7 +567,7 @@ def test_the_imported_teacher_distils_and_goes_back(capsys):
     assert ckpt["flags"]["data"] == "corpus" and ckpt["flags"]["seed"] == 0
     nets = distill.networks(distill.parse_flags(["--paper"])[0], net)
     assert all(torch.equal(a, b) for a, b in zip(nets["model"].parameters(), net.parameters()))
-    for extra, out in (([], "a.pt"), (["--paper", "--reference", "data"], "b.pt")):
+    for extra, out in (([], "a.pt"), (["--paper"], "b.pt")):
         assert not distill.main([*TINY, *extra, "--out", out])
     corpus.write("bare", iter([("train", range(90)), ("val", range(90))]), "text", "bytes", 0, {})
     with pytest.raises(ValueError, match="^bare does not fit out/teacher.pt: .* --framed"):

@@ -456,8 +456,8 @@ def test_sequences_at_once_and_parts_are_bounded_in_bytes(monkeypatch):
     common.write({"denoiser": net, "config": net.config}, 8, 2)
     assert seen == [3, 3, 3, 2]  # the first one warms up
     seen.clear()
-    args = distill.parse_flags(["--groups", "2", "--G", "2", "--disc_warmup", "1", "--updates",
-                                "1"])[0]
+    flags = "--reference teacher --groups 2 --G 2 --disc_warmup 1 --updates 1"
+    args = distill.parse_flags(flags.split())[0]
     distill.make_reference(args, None, net)
     assert seen == [3, 3, 3]
 
