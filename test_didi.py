@@ -735,7 +735,7 @@ def test_foreign_files_say_what_to_do_and_run_no_code(tiny):
 
 @pytest.mark.parametrize("flags", [
     "--paper", "--K 2", "--beta 2 2", "--no-coupled", "--smoothing .1", "--disc_blocks 1",
-    "--disc_lr 1e-2", "--no-group_norm", "--eps 2", "--w", "--pi", "--kl 0",
+    "--disc_lr 1e-3", "--no-group_norm", "--eps 2", "--w", "--pi", "--kl 0",
     "--kl_kind forward", "--power 1", "--entropy .1", "--temperature 2",
     "--reference teacher", "--accumulate 2"])
 def test_every_flag_of_the_method_changes_the_student(tiny, flags):
