@@ -195,8 +195,13 @@ proteins() {
         --out out/protein/student.pt
     python -m experiments.evaluate --samples 500 $models --student out/protein/student.pt \
         --json $results/protein.json --label protein
+    python distill.py --temperature 1 --groups 8 --disc_warmup 60 \
+        --teacher out/protein/teacher.pt --out out/protein/from_1.pt
+    python -m experiments.evaluate --rows student --samples 500 $models \
+        --student out/protein/from_1.pt --json $results/protein.json \
+        --label "protein, from temperature 1"
     python sample.py --model out/protein/student.pt --num 100 --out out/designs.fasta
-    log_means out/protein/{teacher,causal,student}.jsonl > $results/logs_protein.txt
+    log_means out/protein/{teacher,causal,student,from_1}.jsonl > $results/logs_protein.txt
 }
 
 # Time and memory of preparing 170 MB of English Wikipedia as plain text; $1 is the file.
