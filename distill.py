@@ -1,6 +1,6 @@
 """distill.py - DiDi-Instruct (arXiv 2509.25035): distil the teacher into a few-step student.
 
-    python distill.py                       # out/teacher.pt -> out/student.pt, some 3 minutes
+    python distill.py                       # out/teacher.pt -> out/student.pt, some 2 minutes
     python distill.py --paper               # the paper's own objective, at our size
     python distill.py --paper_scale         # its whole experiment: a teacher of experiments.mdlm
     torchrun --standalone --nproc_per_node=8 distill.py
