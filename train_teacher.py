@@ -1,6 +1,6 @@
 """train_teacher.py - train the teacher, a masked-diffusion language model (MDLM, arXiv 2406.07524).
 
-    python train_teacher.py                        # 3 minutes on two CPU cores, downloads nothing
+    python train_teacher.py                        # 2 minutes on two CPU cores, downloads nothing
     python train_teacher.py --causal               # the autoregressive baseline, the same budget
     python train_teacher.py --data out/news        # a corpus of your own: data/README.md
     torchrun --standalone --nproc_per_node=8 train_teacher.py --data out/openwebtext --size small
