@@ -21,6 +21,7 @@ SHOWN = {"nfe": 1, "disc_calls": 1, "valid": 3, "post": 3, "judge_ppl": 2, "tv":
          "rare": 3, "returns": 3, "hints": 3, "methods": 3, "js1": 4, "js2": 4, "low": 3,
          "bigram": 3, "rep4": 3}  # digits
 BEST = ("post", "judge_ppl", "tv", "js3", "ks", "js2")  # at equal entropy
+BEGINS = 0.6  # the temperature of the teacher as which distill.py's student begins
 GOALS = {"post": 1, "judge_ppl": -1, "tv": -1, "js3": -1}  # what steps are compared by; 1: more
 AXES = {"post": "post-stratified validity", "judge_ppl": "perplexity under the judge, per token",
         "tv": "total variation of the features"}
@@ -67,9 +68,9 @@ def at_data(rows, name, steps, column):
 
 
 def untrained(rows, name, steps, column):
-    """`at_one`, but of the teacher at temperature .6 in the student's place: a control."""
+    """`at_one`, but of the teacher at BEGINS in the student's place: a control."""
     if name == "student":
-        return at_one(rows, "teacher", steps, column, 0.6)
+        return at_one(rows, "teacher", steps, column, BEGINS)
     return at_one(rows, name, steps, column)
 
 
@@ -170,7 +171,7 @@ def print_worth(results):
     """For how many of the teacher's steps the student's stand, by each measure."""
     print("\nWhat the student's steps are worth in teacher's steps, both at temperature 1 (by "
           "seed; inf: more than were measured),\nor both at the entropy of held-out data; "
-          "untrained: what the teacher's own at temperature .6 are worth:\n")
+          f"untrained: what the teacher's own at temperature {BEGINS} are worth:\n")
     ways = {"": at_one, ", equal entropy": at_data, ", untrained": untrained}
     columns = [f"{name} @{steps}" for steps in (4, 8, 16) for name in GOALS]
     print(head(["run", *columns]))

@@ -21,7 +21,7 @@ import distill
 import model
 import train_teacher
 from data import command, corpus, memory
-from experiments import ablate, animate, bench, common, evaluate, mdlm, sdtt
+from experiments import ablate, animate, bench, common, evaluate, mdlm, sdtt, table
 from test_didi import CONFIG, check_law
 
 torch.set_num_threads(1)
@@ -718,6 +718,7 @@ def test_the_student_begins_as_the_teacher_at_a_temperature(folder):
     z = teacher.start(teacher.draw_lengths(8))
     z[:, 0] = data.batch(8, teacher.config.length)[:, 0]
     logits, before = teacher(z), copy.deepcopy(teacher.state_dict())
+    assert table.BEGINS == 0.6  # the control without training
     for flags, T in (("", 0.6), ("--temperature 2", 2.0), ("--paper", 1.0)):
         nets = distill.networks(distill.parse_flags(flags.split())[0], teacher)
         for net in (nets["model"], nets["ema"]):
