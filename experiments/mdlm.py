@@ -11,12 +11,14 @@ and neither flash-attn nor transformers, Lightning or omegaconf is needed. Left 
 BD3LM's form of these networks (sampling_eps_min/max), networks that are told the noise level.
 """
 import collections
+import contextlib
 import hashlib
 import json
 import math
 import os
 import pickle
 import pickletools
+import sys
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from dataclasses import asdict
@@ -41,6 +43,7 @@ ANSWERS = (
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Real files have far less. Bytes; an instruction of a pickle of one byte makes up to 216 of memory
 MOST_HEADER, MOST_PICKLE, MOST_OPS, MOST_CONFIG = 10 ** 6, 2 ** 26, 2 ** 21, 2 ** 20
+MOST_COPIED = 2 ** 30  # bytes beside those of the file: a call of six may copy a long list
 MOST_LENGTH = 2 ** 16  # L
 EMBED, INV_FREQ = "vocab_embed.embedding", "rotary_emb.inv_freq"
 TIME = "sigma_map.mlp.0.weight"
@@ -71,7 +74,8 @@ def check_entry(name, entry):
     dtype, shape, offsets = str(entry["dtype"]), entry["shape"], entry["data_offsets"]
     if dtype not in DTYPES:
         raise ValueError(f"{name[:80]!r} is of type {dtype[:20]!r}, but may be {', '.join(DTYPES)}")
-    if not naturals(shape, 8) or not naturals(offsets, 2) or len(offsets) != 2:
+    ok = naturals(shape, 8) and naturals(offsets, 2) and len(offsets) == 2
+    if not ok or math.prod(max(n, 1) for n in shape) > 2 ** 48:  # which a 0 would hide
         raise ValueError(f"{name[:80]!r} has an odd shape or odd data_offsets")
     begin, end = offsets
     if math.prod(shape) * DTYPES[dtype].itemsize != end - begin:
@@ -212,14 +216,36 @@ def foreign_names(path):
     return foreign
 
 
+@contextlib.contextmanager
+def at_most(more):
+    """Raise ValueError, on Linux, before this process takes that many bytes more than it has."""
+    if sys.platform != "linux":
+        yield
+        return
+    import resource
+    with open("/proc/self/statm") as f:
+        now = int(f.read().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    bounds = [bound for bound in (soft, hard) if bound != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min([now + more, *bounds]), hard))
+    try:
+        yield
+    except MemoryError:
+        raise ValueError(f"it would take more than {more / 2 ** 30:.1f} GiB of memory") from None
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
 def read_lightning(path):
     """A checkpoint, a dict, tensors mapped from the file and foreign objects as Inert.
 
-    No code from the file runs. Raises ValueError in one line, whatever is wrong with it.
+    No code from the file runs, and what it may copy is bounded. Raises ValueError in one line,
+    whatever is wrong with it.
     """
     try:
         stand_ins = [(stand_in(name), name) for name in foreign_names(path)]
-        with torch.serialization.safe_globals(stand_ins):
+        limit = at_most(os.path.getsize(path) + MOST_COPIED)  # the file is mapped
+        with torch.serialization.safe_globals(stand_ins), limit:
             ckpt = torch.load(path, "cpu", weights_only=True, mmap=True)
     except Exception as e:  # a foreign file can fail in any way
         if isinstance(e, pickle.UnpicklingError):
@@ -472,13 +498,14 @@ def fingerprint(path):
 
 @torch.no_grad()
 def known_answers(net):
-    """The largest difference, nats, from the logits that others have of the published weights."""
-    off = 0.0
+    """The largest difference, nats, from the logits that others have of the published weights; NaN
+    if the network computes it."""
+    off = []
     for ids, answers in ANSWERS:
         z = torch.tensor([ids])
         logits = net(z, z == PUBLISHED.mask_id)[0]  # (V,)
-        off = max(off, *(abs(logits[i].item() - value) for i, value in answers.items()))
-    return off
+        off += [abs(logits[i].item() - value) for i, value in answers.items()]
+    return torch.tensor(off).max().item()  # NaN if one is, unlike Python's max
 
 
 def verdict(net):
@@ -486,7 +513,7 @@ def verdict(net):
     if net.config != PUBLISHED:
         return "known answers: none, for this is not the shape of MDLM's 169 M network"
     off = known_answers(net)
-    if off > 1e-3:
+    if not off <= 1e-3:  # so neither NaN
         return f"known answers are off by {off:.2g}: these are not the published weights"
     bound = max(1e-4, 10.0 ** math.ceil(math.log10(max(off, 1e-9))))
     return f"known answers within {bound:.0e}: these are the published weights"

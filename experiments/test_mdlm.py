@@ -2,6 +2,7 @@
 
 The published weights (679 MB) are not here: MDLM_WEIGHTS=model.safetensors tests them, too.
 """
+import _codecs
 import collections
 import contextlib
 import copy
@@ -233,6 +234,8 @@ BAD = {"empty": b"", "seven bytes": b"1234567", "no header": pack({}, n=10 ** 12
        "nine dimensions": pack({"a": entry(0, 4, [1] * 9)}, bytes(4)),
        "three offsets": pack({"a": A | {"data_offsets": [0, 4, 8]}}, bytes(8)),
        "huge shape": pack({"a": entry(0, 8, [2 ** 31] * 8)}, bytes(8)),
+       "huge beside 0": pack({"a": entry(0, 0, [2 ** 63 - 1, 0])}),
+       "product of them": pack({"a": entry(0, 0, [2 ** 33, 2 ** 33, 0])}),
        "huge": pack({"a": entry(0, 2 ** 60, [2 ** 58])}, bytes(8)),
        "shape": pack({"a": entry(shape=[3])}, bytes(8)), "cut": pack({"a": A}, bytes(7)),
        "tail": pack({"a": A}, bytes(9)), "hole": pack({"a": A, "b": entry(12, 20)}, bytes(20)),
@@ -467,6 +470,24 @@ def test_what_takes_memory_is_refused_by_its_name_however_small(small, word):
         mdlm.read("a.ckpt")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only there memory can be bounded")
+@pytest.mark.parametrize("copies, argument", [
+    ((_codecs.encode,), ("a" * 10 ** 5, "latin1")), ((set, collections.Counter), ([*range(9999)],)),
+    ((torch.Size,), ([*range(9999)],))])
+def test_many_copies_of_one_thing_are_refused(copies, argument, monkeypatch):
+    """Six bytes of a file call a function that torch trusts with a long text or list, again."""
+    import resource  # Unix has it
+    bound = resource.getrlimit(resource.RLIMIT_AS)
+    save_lightning("a.ckpt", few=[Evil(copy, *argument) for copy in copies])
+    assert same(mdlm.read("a.ckpt", raw=True)[0], tensors())
+    save_lightning("a.ckpt", many=[Evil(copy, *argument) for copy in copies for _ in range(4000)])
+    assert os.path.getsize("a.ckpt") < 10 ** 6
+    monkeypatch.setattr(mdlm, "MOST_COPIED", 2 ** 26)
+    with pytest.raises(ValueError, match="^a.ckpt .* would take more than 0.1 GiB of memory$"):
+        mdlm.read("a.ckpt")
+    assert resource.getrlimit(resource.RLIMIT_AS) == bound
+
+
 @pytest.mark.parametrize("most, word", [("MOST_PICKLE", "bytes"), ("MOST_OPS", "instructions")])
 def test_a_checkpoint_of_too_much_is_refused(most, word, monkeypatch):
     save_lightning("a.ckpt")
@@ -633,6 +654,10 @@ def test_what_is_told_of_the_file_the_answers_and_the_noise_level(monkeypatch, c
     _, out, _ = outcome(mdlm.main, ["a.safetensors"], capsys)
     assert "known answers are off by 0.01: these are not the published weights" in out
     assert "not the file kuleshov-group" in out and "warning: 'sigma_map.mlp.0.weight'" in out
+    state["blocks.0.attn_qkv.weight"][0, 0] = 3e38  # finite, and then the logits are NaN
+    mdlm.write_safetensors("a.safetensors", hf(state))
+    _, out, _ = outcome(mdlm.main, ["a.safetensors"], capsys)
+    assert "known answers are off by nan: these are not the published weights" in out
 
 
 @pytest.mark.skipif(WEIGHTS is None, reason="MDLM_WEIGHTS names no model.safetensors of MDLM")
