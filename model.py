@@ -4,6 +4,7 @@ The denoiser is a bidirectional transformer. It takes no time input: how many to
 tells the noise level (arXiv 2409.02908). The method does not need this file: didi.py.
 """
 import copy
+import importlib.util
 import os
 from dataclasses import dataclass
 
@@ -195,6 +196,12 @@ def restore(nets, ckpt, path):
     if RANK == 0:  # .. other processes
         torch.set_rng_state(ckpt["rng"].cpu())
     return ckpt["step"], ckpt["seconds"]
+
+
+def compile_trunk(net, asked=False):
+    """Let torch compile the net's trunk if that was asked for, and on CUDA where Triton is."""
+    if asked or net.lengths.is_cuda and importlib.util.find_spec("triton") is not None:
+        net.trunk = torch.compile(net.trunk)
 
 
 def average_gradients(net):

@@ -8,7 +8,6 @@
 Left out on purpose: dropout, weight decay (runs this short underfit) and time conditioning.
 """
 import copy
-import importlib.util
 import math
 import time
 
@@ -20,8 +19,8 @@ import didi
 from data.command import (FROM_0, FROM_1, RATE, SHARE, SIZE, add_run_flags, agree, make_parser,
                           parse_run, progress, run_script, setup, share_done, share_out,
                           stop_requested)
-from model import (RANK, Config, Denoiser, average_gradients, load_checkpoint, restore,
-                   save_checkpoint, update_ema)
+from model import (RANK, Config, Denoiser, average_gradients, compile_trunk, load_checkpoint,
+                   restore, save_checkpoint, update_ema)
 
 SIZED = ("n_layer", "n_head", "n_embd", "length", "batch", "updates", "lr", "warmup")
 SIZES = {"nano": (3, 4, 128, 128, 64, 1700, 8e-3, 100),            # minutes on two CPU cores
@@ -158,9 +157,7 @@ def main(argv=None):
     memory.check(config, device, 4, share_out("batch", args), token, "--batch")
     nets = networks(args, config, data, device, bf16)
     step, seconds = restore(nets, ckpt, args.out)
-    triton = device.type == "cuda" and importlib.util.find_spec("triton") is not None
-    if args.compile or triton:
-        nets["model"].trunk = torch.compile(nets["model"].trunk)
+    compile_trunk(nets["model"], args.compile)
     about = {"kind": "causal" if args.causal else "teacher", "config": vars(config),
              "tokenizer": data.tokenizer, "flags": vars(args)}
     return train(args, nets, data, device, about, step, seconds)

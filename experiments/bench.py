@@ -29,7 +29,7 @@ from data import corpus, memory
 from experiments import common
 from data.command import SIZE, add_device_flags, make_parser, run_script, setup, share_out
 from experiments.mdlm import PUBLISHED
-from model import Config, Denoiser, update_ema
+from model import Config, Denoiser, compile_trunk, update_ema
 
 # bfloat16, dense, FLOP/s, by the makers (SXM where there is one)
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12, "4090": 165e12}
@@ -114,8 +114,7 @@ def teacher_step(args, device, bf16):
                     data.framed)
     nets = train_teacher.networks(args, config, data, device, bf16)
     model = nets["model"]
-    if args.compile or device.type == "cuda":
-        model.trunk = torch.compile(model.trunk)
+    compile_trunk(model, args.compile)
 
     def step():
         for _ in range(args.accumulate):

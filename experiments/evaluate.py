@@ -27,6 +27,7 @@ STEPS = {"teacher": (4, 8, 16, 32, 64, 256, 1024), "student": (4, 8, 16, 32),
          "autoregressive": (None,)}
 TEMPERATURES = (1.2, 1.1, 1.0, 0.9, 0.8, 0.7, 0.6)  # with --sweep, and of the teacher in 8 steps
 PENALISED = ((0.1, 0.8), (0.3, 0.6))  # frequency penalty and temperature, both models in 8 steps
+CAUSAL = "out/causal.pt"
 HEAD = ["row", "steps", "T", "nfe", "disc_calls"]
 
 
@@ -34,7 +35,7 @@ def parse_flags(argv=None):
     p, add = make_parser("Quality against the number of steps.")
     add("--teacher", default="out/teacher.pt", help="checkpoint of train_teacher.py")
     add("--student", default="out/student.pt", help="checkpoint of distill.py or experiments.sdtt")
-    add("--causal", default="out/causal.pt", help="of train_teacher.py --causal, if it is there")
+    add("--causal", help="of train_teacher.py --causal [out/causal.pt if there and no --judge]")
     add("--data", help="corpus folder [the one that the model was trained on]")
     add("--rows", choices=("all", "teacher", "student"), default="all", help="whose rows")
     add("--steps", type=SIZE, nargs="+", help="of teacher, student, guided student [4 to 1,024]")
@@ -82,7 +83,10 @@ def gpt2_tokens(x, data, encoding):
     """Texts x (b, L) in GPT-2's tokens (b, L'), padded, and which of them count (b, L') bool.
 
     Passages of its own tokens stay as they are; other texts are decoded, and end where they end.
+    Of framed passages no end counts, as in MDLM's metric, and the first stands before them anyway.
     """
+    if data.framed and data.tokenizer == "gpt2":
+        return x[:, 1:], x[:, 1:] != encoding.eot_token
     if data.packed and data.tokenizer == "gpt2":
         return x, torch.ones_like(x, dtype=torch.bool)
     end = [] if data.packed else [encoding.eot_token]
@@ -208,8 +212,8 @@ def load(args, device, bf16):
     """The models to compare and judge by, {name: model}, and the Corpus. ValueError if unfit."""
     names = ["teacher", "student"] if args.rows == "all" else [args.rows]
     paths = {name: getattr(args, name) for name in names}
-    if os.path.isfile(args.causal):
-        paths["autoregressive"] = args.causal
+    if args.causal or (args.judge is None and os.path.isfile(CAUSAL)):
+        paths["autoregressive"] = args.causal or CAUSAL
     models = common.load_models(paths, device, bf16)
     model = models[names[0]]
     folder = model["flags"]["data"] if args.data is None else args.data

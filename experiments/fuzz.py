@@ -58,7 +58,7 @@ COMMANDS = {  # name of the module: a command line that works
                          "--rounds", "4", "2", "--updates", "2", *CPU],
     "experiments.autoregressive": ["--model", "out/causal.pt", "--num", "3", *CPU],
     "experiments.table": ["r.json"],
-    "experiments.evaluate": ["--rows", "student", "--samples", "8", "--causal", "none",
+    "experiments.evaluate": ["--rows", "student", "--samples", "8",
                              "--student", "out/student.pt", "--json", "new.json", *CPU]}
 OFTEN = ["train_teacher", "distill", "sample"] * 3 + [*COMMANDS]
 INPUTS = ("--teacher", "--model", "--data", "--student", "--causal")

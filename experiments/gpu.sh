@@ -10,10 +10,8 @@
 #
 # Results go to out/results: gpu_bench.json, gpu_nano.json, gpu_text.json, gpu_*.txt. After an
 # interruption name the stages that are left. Without TOY it stops at once where there is no GPU.
-set -e
+set -eo pipefail
 cd "$(dirname "$0")/.."
-results=out/results out=out/gpu
-mkdir -p $results $out
 if [ ! -f "$1" ]; then
     echo "error: name a text to train on, as in the examples on top of $0" >&2
     exit 2
@@ -22,26 +20,32 @@ file=$1
 shift
 
 # How large: the paper's network, its batch in parts, the smaller one for 9 minutes, the default.
+results=out/results out=out/gpu
 small="--size small" parts=16 mini="--size mini" default="" distil=$DISTIL measured=1000
 tokenizer=gpt2 samples=256 device="--device cuda" seeds=${SEEDS:-0 1}
 read -r for_teacher for_judge for_student <<< "${MINUTES:-9 5 8}"
 if [ -n "$TOY" ]; then
+    results=out/toy_results out=out/toy_gpu  # nothing of a toy is taken for the real thing
     small="--n_layer 2 --n_head 2 --n_embd 32 --length 64 --batch 16 --lr 1e-3" parts=2
     mini="--n_layer 1 --n_head 2 --n_embd 32 --length 32 --batch 16"
     default="--updates 4" distil="--updates 4 --disc_warmup 2 --groups 2"
     tokenizer=bytes samples=8 measured=8 device="--device cpu"
     for_teacher=.1 for_judge=.1 for_student=.1
 fi
+corpus=$out/$(basename "$file")
+mkdir -p $results $out
 
 prepare() {
-    if [ ! -d $out/text ]; then
-        python -m data.text "$file" --tokenizer $tokenizer --out $out/text
+    if [ ! -d "$corpus" ]; then
+        python -m data.text "$file" --tokenizer $tokenizer --out "$corpus"
     fi
 }
 
-# Those for a GPU; the others, which hide it, are the README's second command.
+# Those for a GPU; the others, which hide it, are the README's second command. If one fails the
+# rest is measured all the same, and this script fails at its end.
 tests() {
-    ON_A_GPU=yes python -m pytest -q -rs experiments/test_gpu.py | tee $results/gpu_tests.txt
+    ON_A_GPU=yes python -m pytest -q -rs experiments/test_gpu.py | tee $results/gpu_tests.txt ||
+        failed=1
 }
 
 # The README's default: the minutes that it takes, and of a step.
@@ -72,20 +76,22 @@ judge() {
 speed() {
     prepare
     bench="python -m experiments.bench $device --times 8 --json $results/gpu_bench.json"
-    $bench training --label training --data $out/text $small --accumulate $parts
-    python train_teacher.py $device --data $out/text $small --batch 32 --updates 1 \
+    $bench training --label training --data "$corpus" $small --accumulate $parts
+    python train_teacher.py $device --data "$corpus" $small --batch 32 --updates 1 \
         --out $out/small.pt
     $bench distillation --label paper_scale --teacher $out/small.pt --paper_scale
     $bench distillation --label default --teacher $out/small.pt --groups 2
-    $bench sampler --label sampler
+    if [ -z "$TOY" ]; then  # it has one size
+        $bench sampler --label sampler
+    fi
 }
 
 # English with GPT-2's tokens: student against teacher, the judge at the data's entropy, passages.
 text() {
     prepare
     models="--teacher $out/text.pt --student $out/text_student.pt --causal $out/text_causal.pt"
-    python train_teacher.py $device --data $out/text $mini --minutes $for_teacher --out $out/text.pt
-    python train_teacher.py $device --data $out/text $mini --minutes $for_judge --causal \
+    python train_teacher.py $device --data "$corpus" $mini --minutes $for_teacher --out $out/text.pt
+    python train_teacher.py $device --data "$corpus" $mini --minutes $for_judge --causal \
         --out $out/text_causal.pt
     python distill.py $device $distil --teacher $out/text.pt --minutes $for_student \
         --out $out/text_student.pt
@@ -108,3 +114,4 @@ for stage in "$@"; do
         *) echo "error: $stage is none of prepare tests default judge speed text" >&2; exit 2 ;;
     esac
 done
+exit ${failed:-0}

@@ -4,11 +4,11 @@
     python -m experiments.mdlm mdlm.ckpt --raw            # Lightning's file; its bare weights
     python -m experiments.mdlm out/student.pt --unfold out/mdlm/model.safetensors
 
-MDLM trained 169 M parameters on OpenWebText: model.safetensors of huggingface.co/kuleshov-group/
-mdlm-owt, 679 MB, Apache 2.0. Its noise level is always 0, so what it makes of it (adaLN) are
-constants: folded into the weights they leave our network, exactly. Nothing in a file is executed,
-and neither flash-attn nor transformers, Lightning or omegaconf is needed. Left out on purpose:
-BD3LM's form of these networks (sampling_eps_min/max), networks that are told the noise level.
+MDLM trained 169 M parameters on OpenWebText: ADDRESS below, 679 MB, Apache 2.0. Its noise level is
+always 0, so what it makes of it (adaLN) are constants: folded into the weights they leave our
+network, exactly. Nothing in a file is executed, and neither flash-attn nor transformers, Lightning
+or omegaconf is needed. Left out on purpose: BD3LM's form of these networks
+(sampling_eps_min/max), networks that are told the noise level.
 """
 import collections
 import contextlib
@@ -31,6 +31,7 @@ from data.command import make_parser, run_script
 from experiments.common import write_json
 from model import Config, Denoiser, load_checkpoint, save_checkpoint
 
+ADDRESS = "https://huggingface.co/kuleshov-group/mdlm-owt/resolve/main/model.safetensors"
 SHA256 = "47149e73f7552f39ea9776dbe74d925d25237bcf2ed2e2ec03cdff9d51c82aa4"  # of mdlm-owt's file
 PUBLISHED = Config(50257, 1024, n_layer=12, n_head=12, n_embd=768, framed=True)
 TOKENIZERS = {50257: "gpt2", 257: "bytes"}  # by how many tokens they have
@@ -463,6 +464,8 @@ def read(path, raw=False):
     Raises ValueError in one line that names the file, and the key that is wrong.
     """
     length = length_beside(path)
+    if not os.path.exists(path):
+        raise ValueError(f"{path} is not there: MDLM's is {ADDRESS}")
     with open(path, "rb") as f:
         lightning = f.read(4) == b"PK\3\4"  # a zip
     if raw and not lightning:

@@ -196,20 +196,17 @@ def test_an_old_gpu_computes_in_float32_and_says_so(monkeypatch, capsys, capabil
     assert said.count("\n") == bool(line) and line in said
 
 
-@pytest.mark.parametrize("device, flags, triton, compiled", [
-    ("cuda", "", True, True), ("cuda", "", False, False), ("cuda", "--compile", False, True),
-    ("cpu", "", True, False), ("cpu", "--compile", False, True)])
-def test_without_triton_nothing_is_compiled(tiny, monkeypatch, device, flags, triton, compiled):
-    find, nets = importlib.util.find_spec, {"model": types.SimpleNamespace(trunk="as it is")}
+@pytest.mark.parametrize("cuda, asked, triton, compiled", [
+    (True, False, True, True), (True, False, False, False), (True, True, False, True),
+    (False, False, True, False), (False, True, False, True)])
+def test_without_triton_nothing_is_compiled(monkeypatch, cuda, asked, triton, compiled):
+    find, lengths = importlib.util.find_spec, types.SimpleNamespace(is_cuda=cuda)
+    net = types.SimpleNamespace(trunk="as it is", lengths=lengths)
     monkeypatch.setattr(importlib.util, "find_spec",
                         lambda name: triton or None if name == "triton" else find(name))
     monkeypatch.setattr(torch, "compile", lambda trunk: "compiled")
-    monkeypatch.setattr(memory, "check", lambda *args: None)
-    for name, result in (("setup", (torch.device(device), False)), ("networks", nets),
-                         ("restore", (0, 0.0)), ("train", 0)):
-        monkeypatch.setattr(train_teacher, name, lambda *args, result=result: result)
-    assert not train_teacher.main(["--out", "a.pt", *flags.split()])
-    assert nets["model"].trunk == ("compiled" if compiled else "as it is")
+    model.compile_trunk(net, asked)
+    assert net.trunk == ("compiled" if compiled else "as it is")
 
 
 def test_a_checkpoint_keeps_what_was_given_not_what_a_device_settled(tiny, monkeypatch, capsys):

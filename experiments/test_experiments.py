@@ -7,7 +7,7 @@ import mmap
 import os
 import sys
 import types
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 import numpy as np
@@ -408,6 +408,7 @@ def test_without_a_causal_model_there_is_no_judge(models, capsys):
     assert "--causal" in capsys.readouterr().out
     rows = json.load(open("r.json"))["default"]["0"]["rows"]
     assert not any("judge_ppl" in r for r in rows)
+    refused(evaluate.main, [*FEW, "--causal", "out/causal.pt"], capsys, "out/causal.pt")
 
 
 # ------------------------------------------------------------------------------- GPT-2 as the judge
@@ -456,9 +457,17 @@ def test_gpt2_judges_texts_in_its_own_tokens(models, gpt2_judge, monkeypatch):
         assert judge(passages) == by_hand(passages.tolist())
     ends = torch.randint(250, 257, (4, 64))
     assert judge(ends) == by_hand(ends.tolist())
+    judge = evaluate.make_judge(args, {}, replace(corpus.load("gpt2"), framed=True),
+                                device)
+    passages[:, [0, 5, -1]] = 256  # framed, and a text ends within: what follows ends counts
+    nll = -StandIn.net(passages).logits.log_softmax(-1)[:, :-1].gather(2, passages[:, 1:, None])
+    counted = nll[passages[:, 1:, None] != 256]
+    assert len(counted) == 4 * 61
+    assert judge(passages) == pytest.approx(counted.mean().exp().item(), 1e-5)
 
 
-def test_a_gpt2_that_cannot_be_loaded(models, gpt2_judge, monkeypatch, capsys):
+def test_a_gpt2_alone_or_one_that_cannot_be_loaded(models, gpt2_judge, monkeypatch, capsys):
+    save("out/causal.pt", "causal", L=20)  # of another experiment
     assert not evaluate.main([*FEW, "--rows", "student", "--judge", "gpt2"])
     rows = json.load(open("r.json"))["default"]["0"]["rows"]
     assert all(r["judge_ppl"] > 1 for r in rows)
