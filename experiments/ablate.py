@@ -28,10 +28,10 @@ CUMULATIVE = {
     "+ pi(t)": "--pi",
     "+ KL and entropy": f"--kl {distill.PAPER['kl']} --entropy {distill.PAPER['entropy']}",
     "+ grouped normalisation": "--group_norm", "+ guided sampler": ""}
-LEFT_OUT = {  # one thing less than all, in the paper's setting; pi(t) is 1 there
+LEFT_OUT = {  # one thing less than all, in the paper's setting, where pi(t) is 1
     "all but intermediate-state matching": "--paper --K 1",
     "all but coupled time": "--paper --no-coupled",
-    "all but w(t)": "--paper --no-w",
+    "all but w(t)": "--paper --no-w", "all but pi(t)": "--paper --no-pi",
     "all but KL and entropy": "--paper --kl 0 --entropy 0"}  # for the last one see CUMULATIVE
 ONE_CHANGE = {
     "default": "", "default, guided sampler": "", "no intermediate-state matching": "--K 1",

@@ -296,7 +296,7 @@ def test_rows_of_the_ablation_leave_out_one_component_each():
     for flags in (before, [*before, norm, guided]):
         row = vars(distill.parse_flags(" ".join(flags).split())[0])
         changes.append({name for name in whole if row[name] != whole[name]})
-    assert changes == [{"K"}, {"coupled"}, {"w"}, {"kl", "entropy"}, {"group_norm"}, set()]
+    assert changes == [{"K"}, {"coupled"}, {"w"}, {"pi"}, {"kl", "entropy"}, {"group_norm"}, set()]
 
 
 TARGETS = ("signatures", "text a.txt", "text_speed a.txt", "proteins a.txt", "prepare a.txt")
