@@ -198,7 +198,7 @@ def restore(nets, ckpt, path):
     return ckpt["step"], ckpt["seconds"]
 
 
-def compile_trunk(net, asked=False):
+def compile_trunk(net, asked):
     """Let torch compile the net's trunk if that was asked for, and on CUDA where Triton is."""
     if asked or net.lengths.is_cuda and importlib.util.find_spec("triton") is not None:
         net.trunk = torch.compile(net.trunk)

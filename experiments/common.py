@@ -102,15 +102,18 @@ def write(model, num, steps, sampler="ancestral", temperature=1.0, seed=0, batch
                "seq_per_s": num / seconds}
 
 
+def process_bytes(name):
+    """What Linux says of this process under a name of /proc/self/status, such as VmSize."""
+    with open("/proc/self/status") as f:
+        lines = [line.split() for line in f if line.startswith(name)]
+    return int(lines[0][1]) * 1024
+
+
 def memory_meter(device):
     """A function: the most memory used from now on, MiB, beyond what is in use now.
 
     On CUDA the GPU's, on Linux the process's, elsewhere NaN.
     """
-    def status(name):
-        with open("/proc/self/status") as f:
-            lines = [line.split() for line in f if line.startswith(name)]
-        return int(lines[0][1]) * 1024
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -119,8 +122,8 @@ def memory_meter(device):
         return lambda: math.nan
     with open("/proc/self/clear_refs", "w") as f:
         f.write("5")  # VmHWM := VmRSS (man 5 proc)
-    before = status("VmRSS")
-    return lambda: (status("VmHWM") - before) / 2 ** 20
+    before = process_bytes("VmRSS")
+    return lambda: (process_bytes("VmHWM") - before) / 2 ** 20
 
 
 # ---------------------------------------------------------------------------------------- results

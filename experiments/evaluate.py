@@ -85,9 +85,9 @@ def gpt2_tokens(x, data, encoding):
     Passages of its own tokens stay as they are; other texts are decoded, and end where they end.
     Of framed passages no end counts, as in MDLM's metric, and the first stands before them anyway.
     """
-    if data.framed and data.tokenizer == "gpt2":
-        return x[:, 1:], x[:, 1:] != encoding.eot_token
     if data.packed and data.tokenizer == "gpt2":
+        if data.framed:
+            return x[:, 1:], x[:, 1:] != encoding.eot_token
         return x, torch.ones_like(x, dtype=torch.bool)
     end = [] if data.packed else [encoding.eot_token]
     rows = [torch.tensor(encoding.encode_ordinary(text) + end) for text in data.decode(x)]
@@ -212,8 +212,10 @@ def load(args, device, bf16):
     """The models to compare and judge by, {name: model}, and the Corpus. ValueError if unfit."""
     names = ["teacher", "student"] if args.rows == "all" else [args.rows]
     paths = {name: getattr(args, name) for name in names}
-    if args.causal or (args.judge is None and os.path.isfile(CAUSAL)):
-        paths["autoregressive"] = args.causal or CAUSAL
+    if args.causal is None and args.judge is None and os.path.isfile(CAUSAL):
+        args.causal = CAUSAL
+    if args.causal is not None:
+        paths["autoregressive"] = args.causal
     models = common.load_models(paths, device, bf16)
     model = models[names[0]]
     folder = model["flags"]["data"] if args.data is None else args.data

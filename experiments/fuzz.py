@@ -41,6 +41,7 @@ from tqdm import tqdm
 
 from data import corpus
 from data.command import FROM_0, FROM_1, RATE, make_parser, run_script
+from experiments import common
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a process that has used a GPU cannot fork
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -325,8 +326,7 @@ def as_a_program(module, argv, folder, says):
 
     A traceback goes to stderr as always, and where it was raised into says/fault.
     """
-    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + MEMORY
+    limit = common.process_bytes("VmSize") + MEMORY
     for what, most in ((resource.RLIMIT_AS, limit), (resource.RLIMIT_CORE, 0),
                        (resource.RLIMIT_FSIZE, 2 ** 30)):
         resource.setrlimit(what, (most, most))

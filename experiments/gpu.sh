@@ -9,7 +9,8 @@
 #     TOY=1 bash experiments/gpu.sh any.txt              # the same commands, minutes on a CPU
 #
 # Results go to out/results: gpu_bench.json, gpu_nano.json, gpu_text.json, gpu_*.txt. After an
-# interruption name the stages that are left. Without TOY it stops at once where there is no GPU.
+# interruption name the stages that are left. TOY has folders of its own, out/toy_*, so that nothing
+# of it is taken for the real thing; without it this script stops at once where there is no GPU.
 set -eo pipefail
 cd "$(dirname "$0")/.."
 if [ ! -f "$1" ]; then
@@ -19,13 +20,13 @@ fi
 file=$1
 shift
 
-# How large: the paper's network, its batch in parts, the smaller one for 9 minutes, the default.
 results=out/results out=out/gpu
+# How large: the paper's network, its batch in parts, the smaller one for 9 minutes, the default.
 small="--size small" parts=16 mini="--size mini" default="" distil=$DISTIL measured=1000
 tokenizer=gpt2 samples=256 device="--device cuda" seeds=${SEEDS:-0 1}
 read -r for_teacher for_judge for_student <<< "${MINUTES:-9 5 8}"
 if [ -n "$TOY" ]; then
-    results=out/toy_results out=out/toy_gpu  # nothing of a toy is taken for the real thing
+    results=out/toy_results out=out/toy_gpu
     small="--n_layer 2 --n_head 2 --n_embd 32 --length 64 --batch 16 --lr 1e-3" parts=2
     mini="--n_layer 1 --n_head 2 --n_embd 32 --length 32 --batch 16"
     default="--updates 4" distil="--updates 4 --disc_warmup 2 --groups 2"

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 from data import files
 from data.command import make_parser, run_script
-from experiments.common import write_json
+from experiments.common import process_bytes, write_json
 from model import Config, Denoiser, load_checkpoint, save_checkpoint
 
 ADDRESS = "https://huggingface.co/kuleshov-group/mdlm-owt/resolve/main/model.safetensors"
@@ -224,11 +224,11 @@ def at_most(more):
         yield
         return
     import resource
-    with open("/proc/self/statm") as f:
-        now = int(f.read().split()[0]) * resource.getpagesize()
+    most = process_bytes("VmSize") + more
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    bounds = [bound for bound in (soft, hard) if bound != resource.RLIM_INFINITY]
-    resource.setrlimit(resource.RLIMIT_AS, (min([now + more, *bounds]), hard))
+    if soft != resource.RLIM_INFINITY:
+        most = min(most, soft)
+    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
     try:
         yield
     except MemoryError:

@@ -457,8 +457,7 @@ def test_gpt2_judges_texts_in_its_own_tokens(models, gpt2_judge, monkeypatch):
         assert judge(passages) == by_hand(passages.tolist())
     ends = torch.randint(250, 257, (4, 64))
     assert judge(ends) == by_hand(ends.tolist())
-    judge = evaluate.make_judge(args, {}, replace(corpus.load("gpt2"), framed=True),
-                                device)
+    judge = evaluate.make_judge(args, {}, replace(corpus.load("gpt2"), framed=True), device)
     passages[:, [0, 5, -1]] = 256  # framed, and a text ends within: what follows ends counts
     nll = -StandIn.net(passages).logits.log_softmax(-1)[:, :-1].gather(2, passages[:, 1:, None])
     counted = nll[passages[:, 1:, None] != 256]
