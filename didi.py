@@ -182,7 +182,7 @@ def rollout(student, z, levels, mask_id, G, teacher=None, kl_kind="reverse"):
         where = z == mask_id
         row = where.nonzero()[:, 0]  # (n,)
         hidden = [net.hidden(z, where) for net in (student, teacher) if net is not None]  # (n, D)
-        tokens, log_p, values = student.in_parts(functools.partial(compare, num=copies), *hidden)
+        tokens, log_p, values = compare(*hidden, num=copies)
         reveal = torch.rand(tokens.shape, device=z.device) < ((t - s) / t)[row, None]
         log_p_step = torch.zeros(len(z), copies, device=z.device).index_add(0, row, log_p * reveal)
         z_s = z[:, :, None].repeat(1, 1, copies)  # (B, L, copies)
@@ -285,7 +285,7 @@ def reranked(z, where, log_p_x, discriminator, M):
 
 @torch.no_grad()
 def guided_sample(denoiser, discriminator, z, steps, mask_id, h=1.0, M=4, switch=0.5,
-                  temperature=1.0):
+                  temperature=1.0, on_step=None):
     """RGAS: tilt in the first `switch` share of the steps, re-rank in the rest; z (B, L) -> x, nfe
     (B,), and calls (B,), the discriminator's passes: 1 (with backward) to tilt, M to re-rank."""
     tilt = functools.partial(tilted, discriminator=discriminator, h=h)
@@ -297,4 +297,6 @@ def guided_sample(denoiser, discriminator, z, steps, mask_id, h=1.0, M=4, switch
         z, called = ancestral_step(denoiser, z, t, s, mask_id, temperature, choose)
         nfe += called
         calls += called * passes
+        if on_step:
+            on_step(z)
     return z, nfe, calls

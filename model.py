@@ -1,11 +1,17 @@
-"""model.py - the networks, and what the training scripts share: checkpoints, processes.
+"""model.py - the networks; below a rule, what the scripts share whatever the method.
 
 The denoiser is a bidirectional transformer. It takes no time input: how many tokens are masked
-tells the noise level (arXiv 2409.02908). The method does not need this file: didi.py.
+tells the noise level (arXiv 2409.02908). The method does not need this file: see didi.py.
 """
+import argparse
+import contextlib
 import copy
-import importlib.util
+import json
+import math
 import os
+import signal
+import sys
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +19,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.parametrizations import spectral_norm
-from torch.utils.checkpoint import checkpoint
-
-from data import files
+from tqdm import tqdm
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
 
@@ -29,62 +33,81 @@ class Config:
     n_head: int = 4        # H
     n_embd: int = 128      # D
     causal: bool = False   # the autoregressive baseline: position i sees 0..i only
-    pads: bool = False     # rows of short texts, each filled up with the tokenizer's last token
+    pads: bool = False     # sequences are short texts, filled up with the tokenizer's last token
     framed: bool = False   # packed text whose every sequence begins and ends with that token
-    mask_id = property(lambda self: self.vocab_size)
-    pad_id = property(lambda self: self.vocab_size - 1 if self.pads else -1)  # -1: there is none
-    at_once = property(lambda self: max(1, 2 ** 29 // (self.length * self.vocab_size)))  # in 8 GB
-    part = property(lambda self: max(1, 2 ** 25 // self.vocab_size))  # rows of V numbers in 128 MiB
-    row_length = property(lambda self: self.length if self.pads else 0)  # as of a data.corpus
+
+    @property
+    def mask_id(self):
+        return self.vocab_size
+
+    @property
+    def pad_id(self):
+        """The token that fills short texts up, or -1 where text is packed."""
+        return self.vocab_size - 1 if self.pads else -1
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding (arXiv 2104.09864) of x (B, H, L, D/H)."""
+    """Return x (B, H, L, D/H) with rotary position embedding (arXiv 2104.09864)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """A pre-norm transformer block."""
+
     def __init__(self, config):
         super().__init__()
         D = config.n_embd
-        self.n_head, self.causal = config.n_head, config.causal
-        self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
-        self.qkv, self.proj = nn.Linear(D, 3 * D, bias=False), nn.Linear(D, D, bias=False)
-        self.up, self.down = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
+        self.n_head = config.n_head
+        self.causal = config.causal
+        self.norm1 = nn.LayerNorm(D)
+        self.norm2 = nn.LayerNorm(D)
+        self.qkv = nn.Linear(D, 3 * D, bias=False)
+        self.proj = nn.Linear(D, D, bias=False)
+        self.up = nn.Linear(D, 4 * D)
+        self.down = nn.Linear(4 * D, D)
 
     def forward(self, h, cos, sin):
         B, L, D = h.shape
         qkv = self.qkv(self.norm1(h)).view(B, L, 3, self.n_head, D // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, L, D/H) each
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+
         dtype = v.dtype if v.is_cuda else torch.float32  # bfloat16 attention is slow on a CPU
         with torch.autocast(h.device.type, enabled=False):
             q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
             a = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+
         h = h + self.proj(a.transpose(1, 2).reshape(B, L, D))
         return h + self.down(F.gelu(self.up(self.norm2(h)), approximate="tanh"))
 
 
 class Denoiser(nn.Module):
-    """z (B, L) -> logits over V tokens: all but the mask, and, unless it is causal, the pad.
+    """The network: z (B, L) -> logits over V tokens, which are all but the mask and the pad.
 
-    The buffer `lengths` (L + 1,) is the distribution of the texts' lengths: the length comes first.
+    A causal model predicts the pad, too: its first one ends the text. The buffer `lengths` (L + 1,)
+    is the distribution of the texts' lengths: the length comes first.
     """
-    bf16 = False  # autocast of matrix products; weights, residuals, softmax and losses float32
+    bf16 = False  # autocast of matrix products; weights, residuals, softmax and losses are float32
+
     def __init__(self, config):
         super().__init__()
-        self.config, D, L = config, config.n_embd, config.length
-        V = config.pad_id if config.pads and not config.causal else config.vocab_size
+        D, L = config.n_embd, config.length
+        V = config.vocab_size
+        if config.pads and not config.causal:
+            V = config.pad_id
+        self.config = config
         self.embed = nn.Embedding(config.vocab_size + 1, D)  # the last row is the mask
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm, self.out = nn.LayerNorm(D), nn.Linear(D, V)
+        self.norm = nn.LayerNorm(D)
+        self.out = nn.Linear(D, V)
+
         half = D // config.n_head // 2
         angle = torch.outer(torch.arange(L), 1e4 ** (-torch.arange(half) / half))
         self.register_buffer("cos", angle.cos(), persistent=False)  # (L, D/H/2)
         self.register_buffer("sin", angle.sin(), persistent=False)
         self.register_buffer("lengths", F.one_hot(torch.tensor(L), L + 1).float())
+
         std = 0.57 / D ** 0.5  # .05 at D = 128: sooner off the unigram plateau; .02 at D = 768
         for name, p in self.named_parameters():
             if name.endswith(("proj.weight", "down.weight")):  # what is added to the residual
@@ -93,7 +116,7 @@ class Denoiser(nn.Module):
                 nn.init.normal_(p, std=std)
 
     def trunk(self, h):
-        """Embedded, perhaps soft, tokens h (B, L, D) -> hidden states (B, L, D)."""
+        """Return hidden states (B, L, D) for embedded, perhaps soft, tokens h (B, L, D)."""
         L = h.shape[1]
         with torch.autocast(h.device.type, torch.bfloat16, enabled=self.bf16):
             for block in self.blocks:
@@ -109,35 +132,30 @@ class Denoiser(nn.Module):
         with torch.autocast(h.device.type, torch.bfloat16, enabled=self.bf16):
             return self.out(h)
 
-    def in_parts(self, function, *rows):
-        """function(*rows), tensors (n, ..) of tensors (n, ..), that makes tables (n, V): large ones
-        part by part, and again in backward instead of kept."""
-        if len(rows[0]) <= self.config.part:
-            return function(*rows)
-        parts = zip(*(of.split(self.config.part) for of in rows))
-        results = [checkpoint(function, *part, use_reentrant=False) for part in parts]
-        return [torch.cat(of) for of in zip(*results)]
-
     def forward(self, z, where=...):
         """Logits (B, L, V), or (n, V) at the n True positions of `where` (B, L), raw."""
         return self.head(self.hidden(z, where))
 
     def draw_lengths(self, n):
-        """(n,) random lengths, distributed as the training texts'."""
+        """Draw n lengths (n,) from the distribution of the training texts' lengths."""
         return torch.multinomial(self.lengths, n, replacement=True)
 
     def start(self, lengths):
-        """States (n, L) to sample texts of these lengths (n,) from: masks, after them pads."""
+        """Return the states (n, L) that texts of these lengths (n,) start from: masks, then pads."""
         after = torch.arange(self.config.length, device=lengths.device) >= lengths[:, None]
         return torch.where(after, self.config.pad_id, self.config.mask_id)
 
 
 class Discriminator(nn.Module):
-    """A copy of the *loaded* teacher, frozen but for its last blocks, with a spectral-norm head:
-    one logit per position, log q_reference(z_t) - log q_student(z_t) at its optimum."""
+    """A copy of the *loaded* teacher, frozen but for its last blocks, with a spectral-norm head.
+
+    It gives one logit per position; the optimum is log q_reference(z_t) - log q_student(z_t).
+    """
+
     def __init__(self, teacher, trainable_blocks=0):
         super().__init__()
-        D, first = teacher.config.n_embd, max(len(teacher.blocks) - trainable_blocks, 0)
+        D = teacher.config.n_embd
+        first = max(len(teacher.blocks) - trainable_blocks, 0)
         self.body = copy.deepcopy(teacher).requires_grad_(False)
         self.body.out = nn.Identity()
         self.body.blocks[first:].requires_grad_(True)
@@ -146,7 +164,8 @@ class Discriminator(nn.Module):
                                    spectral_norm(nn.Linear(D, 1)))
 
     def forward(self, z, where=None, probs=None):
-        """z (B, L) -> logits (B, L); tokens at n True positions of `where` soft: probs (n, V)."""
+        """Return logits (B, L) for z (B, L), whose tokens at the n True positions of `where` are
+        soft if they are given: probs (n, V)."""
         e = self.body.embed(z)  # (B, L, D)
         if where is not None:
             e[where] = (probs @ self.body.embed.weight[:probs.shape[1]]).to(e.dtype)
@@ -157,56 +176,129 @@ class Discriminator(nn.Module):
         return z != self.body.config.pad_id
 
 
-# ------------------------------------------------------------------------------------ checkpoints
-def save_checkpoint(path, nets, **parts):
-    """Write nets, {name: module or optimiser}, and parts, whole or not at all. Raises OSError, and
-    FloatingPointError if a weight is not finite; then the old file stays."""
-    if RANK > 0:
-        return
-    for net in nets.values():
-        if isinstance(net, nn.Module) and not all(p.isfinite().all() for p in net.parameters()):
-            raise FloatingPointError(f"a weight is not finite: {path} stays as it was, lower --lr")
-    states = {name: net.state_dict() for name, net in nets.items()}
-    with files.whole_file(path, "wb") as f:
-        torch.save({"rng": torch.get_rng_state(), **states, **parts}, f)
+# ============================================ what the scripts share, whatever the method: the flags
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose complaint is a ValueError, which `run` prints as one line."""
+
+    def error(self, message):
+        raise ValueError(f"{message} (see --help)")
 
 
-def load_checkpoint(path, kinds, device="cpu", bf16=False):
-    """(checkpoint, its averaged Denoiser, frozen); executes no code from the file. It is one of the
-    kinds: "teacher", "causal", "student". Raises ValueError that says what to do."""
-    maker = "distill.py" if "student" in kinds else "train_teacher.py"
-    ckpt = files.read_checkpoint(path, device, lambda c: Denoiser(Config(**c)), maker)
-    if ckpt["kind"] not in kinds:
-        raise ValueError(f"{path} holds a {ckpt['kind']:.20}, but a {kinds[0]} is needed here")
-    net = Denoiser(Config(**ckpt["config"])).to(device)
-    net.load_state_dict(ckpt["ema"])
-    net.bf16 = bf16
-    return ckpt, net.eval().requires_grad_(False)
+def make_parser(doc):
+    """Return a parser that describes a script by its docstring and shows every default."""
+    return Parser(description=doc, formatter_class=Formatter)
 
 
-def restore(nets, ckpt, path):
-    """Load nets, {name: module or optimiser}, and the random numbers. Returns (step, seconds).
-
-    Without a checkpoint nothing, and (0, 0.0). Raises ValueError if they are of another shape.
-    """
-    if ckpt is None:
-        return 0, 0.0
-    files.fill(nets, ckpt, path)
-    torch.cuda.manual_seed(ckpt["step"])  # GPUs begin new random numbers, and so do ..
-    if RANK == 0:  # .. other processes
-        torch.set_rng_state(ckpt["rng"].cpu())
-    return ckpt["step"], ckpt["seconds"]
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Help that keeps the docstring's lines and shows the defaults."""
 
 
-def compile_trunk(net, asked):
-    """Let torch compile the net's trunk if that was asked for, and on CUDA where Triton is."""
-    if asked or net.lengths.is_cuda and importlib.util.find_spec("triton") is not None:
-        net.trunk = torch.compile(net.trunk)
+def between(low, high, kind=float):
+    """Return a type for argparse: numbers from `low` to `high`."""
+    def number(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:,} and {high:,}")
+        return kind(text)
+    return number
+
+
+COUNT, SIZE = between(0, 10 ** 9, int), between(1, 10 ** 9, int)
+RATE, WEIGHT, FRACTION = between(1e-9, 1e6), between(0, 1e6), between(0, 1)
+
+
+def add_device_flags(p):
+    """Add the flags of every command that runs a network."""
+    add = p.add_argument_group("machine").add_argument
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    add("--bf16", action=argparse.BooleanOptionalAction,
+        help="matrix products in bfloat16; None: where the hardware is fast at it")
+    add("--seed", type=COUNT, default=0, help="repeats a run exactly on a CPU")
+
+
+def add_run_flags(p, out, eval_every):
+    """Add the flags that both training scripts have."""
+    add = p.add_argument_group("run").add_argument
+    add("--minutes", type=RATE, help="train for this long instead, with the schedule fitted to it")
+    add("--accumulate", type=SIZE, default=1, help="parts of a batch, one after the other")
+    add("--eval_every", type=SIZE, default=eval_every, help="updates from table to table")
+    add("--out", default=out, help="checkpoint, written with each table; its log is a .jsonl")
+    add("--resume", action="store_true", help="go on from --out, with its flags and those given")
+    add_device_flags(p)
+
+
+def parse_run(p, argv, kinds):
+    """Return the flags, and with --resume the checkpoint of --out, whose flags are the defaults."""
+    args = p.parse_args(argv)
+    if not args.resume:
+        return args, None
+
+    ckpt = load(args.out, kinds)
+    flags = ckpt["flags"]
+    if args.updates != p.get_default("updates"):
+        flags["minutes"] = None  # a new limit wins
+    p.set_defaults(**flags)
+    return p.parse_args(argv), ckpt
+
+
+def stored_flags(args):
+    """Return the flags that a checkpoint keeps, a dict: all but those of where it lies."""
+    return {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
+
+
+# ------------------------------------------------------------------------ device and processes
+def setup(args):
+    """Seed, join the processes of torchrun, and return (device, bf16) for --device and --bf16."""
+    # oneDNN keeps 1,024 kernels, one for each number of masks: 6 MB more in every update
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    torch.manual_seed(args.seed)
+
+    name = args.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("--device cuda: torch sees no GPU here")
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if WORLD > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
+
+    bf16 = args.bf16
+    if bf16 is None and name == "cuda":
+        bf16 = torch.cuda.get_device_capability() >= (8, 0)
+    elif bf16 is None:
+        cpu = torch.cpu.get_capabilities()
+        bf16 = bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+    return torch.device(name), bf16
+
+
+def per_part(name, args):
+    """Return --NAME divided by --accumulate and the processes. ValueError if that leaves a rest."""
+    parts = args.accumulate * WORLD
+    if getattr(args, name) % parts:
+        raise ValueError(f"--{name} must be a multiple of --accumulate times processes, {parts}")
+    return getattr(args, name) // parts
+
+
+def fraction_done(args, updates, seconds):
+    """Return how much of the training is done, 0 to 1, by --minutes if they are given."""
+    if args.minutes is not None:
+        return min(seconds / (60 * args.minutes), 1.0)
+    return min(max(updates, 0) / args.updates, 1.0)
+
+
+def agree(*numbers):
+    """Return the largest of each number over all processes, so that they all do the same."""
+    x = torch.tensor(numbers, dtype=torch.float64)
+    if WORLD > 1:
+        dist.all_reduce(x, dist.ReduceOp.MAX)
+    return x.tolist()
 
 
 def average_gradients(net):
-    """Each gradient becomes the mean of all processes' own."""
-    for p in net.parameters() if WORLD > 1 else ():
+    """Replace each gradient by its mean over all processes."""
+    if WORLD == 1:
+        return
+    for p in net.parameters():
         if p.grad is not None:
             dist.all_reduce(p.grad)
             p.grad /= WORLD
@@ -216,3 +308,175 @@ def average_gradients(net):
 def update_ema(ema, model, decay):
     """ema = decay * ema + (1 - decay) * model, parameter by parameter, in place."""
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+# ---------------------------------------------------------------------------------- checkpoints
+def save(path, **parts):
+    """Write a checkpoint, numbers and state dicts, whole or not at all.
+
+    Raises FloatingPointError if a weight is not finite; then the old file stays.
+    """
+    if RANK > 0:
+        return
+    for x in torch.utils._pytree.tree_leaves(parts):
+        if torch.is_tensor(x) and not x.isfinite().all():
+            raise FloatingPointError(f"a weight is not finite: {path} stays as it was, lower --lr")
+
+    partial = f"{path}.partial"
+    torch.save(parts | {"rng": torch.get_rng_state()}, partial)
+    os.replace(partial, path)
+
+
+def load(path, kinds, device="cpu"):
+    """Return the checkpoint at `path`, a dict; no code from the file runs.
+
+    Raises ValueError unless it is one of the kinds ("teacher", "causal", "student") and its
+    averaged weights have the shapes that its config implies.
+    """
+    try:
+        ckpt = torch.load(path, map_location=device, weights_only=True)
+        kind = ckpt["kind"]
+        with torch.device("meta"):  # shapes only
+            expected = Denoiser(Config(**ckpt["config"])).state_dict()
+        fits = shapes(ckpt["ema"]) == shapes(expected)
+    except FileNotFoundError:
+        maker = "distill.py" if "student" in kinds else "train_teacher.py"
+        raise ValueError(f"{path} is not there: make it with `python {maker}`") from None
+    except Exception as e:  # a foreign file can fail in any way
+        reason = f"{type(e).__name__}"
+        raise ValueError(f"{path} is no checkpoint of this version ({reason})") from None
+
+    if not fits:
+        raise ValueError(f"{path} is damaged: its weights do not have the shapes of its config")
+    if kind not in kinds:
+        raise ValueError(f"{path} holds a {kind}, but a {kinds[0]} is needed here")
+    return ckpt
+
+
+def shapes(state):
+    """Return {name: shape} of a state dict."""
+    return {name: x.shape for name, x in state.items()}
+
+
+def load_network(path, kinds, device="cpu", bf16=False):
+    """Return (checkpoint, its averaged Denoiser, frozen); raises as `load` does."""
+    ckpt = load(path, kinds, device)
+    net = Denoiser(Config(**ckpt["config"])).to(device)
+    net.load_state_dict(ckpt["ema"])
+    net.bf16 = bf16
+    return ckpt, net.eval().requires_grad_(False)
+
+
+def restore(ckpt, path, **nets):
+    """Load modules and optimisers by name, and the random numbers. Raises ValueError if one does
+    not fit, such as a moment of another shape than its weight."""
+    try:
+        for name, net in nets.items():
+            state = ckpt[name]
+            if isinstance(net, torch.optim.Optimizer):
+                weights = [p for group in net.param_groups for p in group["params"]]
+                for i, moments in state["state"].items():
+                    for x in moments.values():
+                        if x.dim() and x.shape != weights[i].shape:
+                            raise ValueError
+            net.load_state_dict(state)
+        torch.set_rng_state(ckpt["rng"].cpu())
+    except Exception:
+        raise ValueError(f"{path} does not fit these flags: resume with its own") from None
+
+
+def check_output(path, data, *inputs):
+    """Make the folder of `path`. Raises ValueError if writing it would change an input, or lose a
+    checkpoint of another corpus than `data`, a folder."""
+    folder = os.path.dirname(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    for other in (data, *inputs):
+        if os.path.realpath(other) in (os.path.realpath(path), os.path.realpath(folder)):
+            raise ValueError(f"--out {path} would be written over {other}: name another")
+    if os.path.exists(path):
+        found = load(path, ("teacher", "causal", "student"))["flags"]["data"]
+        if found != data:
+            raise ValueError(f"{path} was made from {found}: name another --out, or delete it")
+
+
+# ------------------------------------------------------------------------------- log and signals
+@contextlib.contextmanager
+def training_log(args, step, total):
+    """Yield write(row, table=False), which logs a dict of numbers and moves the bar.
+
+    The log is beside the checkpoint --out; of a run that goes on at `step` it keeps the rows up to
+    there. A table is printed as well. write raises FloatingPointError for what is not finite.
+    """
+    path = os.devnull
+    if RANK == 0:
+        path = args.out.removesuffix(".pt") + ".jsonl"
+    if args.minutes is not None:
+        total = None
+
+    with open(path, "a+" if step else "w", buffering=1) as f, \
+            tqdm(desc=args.out, total=total, initial=step, disable=RANK > 0) as bar:
+        if step and RANK == 0:
+            cut_log(f, step)
+
+        def write(row, table=False):
+            if not all(map(math.isfinite, row.values())):
+                raise FloatingPointError(f"a number is not finite at step {row['step']}: the run "
+                                         "has diverged, lower --lr")
+            f.write(json.dumps(row) + "\n")
+            text = ", ".join(f"{name} {value:.4g}" for name, value in row.items())
+            if table:
+                bar.write(text)
+            else:
+                bar.set_postfix_str(text, refresh=False)
+                bar.update()
+
+        yield write
+
+
+def cut_log(f, step):
+    """Truncate an open log before the first row that is torn or later than `step`."""
+    f.seek(0)
+    keep = 0
+    for line in iter(f.readline, ""):
+        if not line.endswith("\n") or json.loads(line)["step"] > step:
+            break
+        keep = f.tell()
+    f.truncate(keep)
+
+
+def catch_signals():
+    """Return the list [0], to which SIGINT, SIGTERM and SIGHUP append their number from now on, so
+    that the step can end first; a second one ends the process. What is ignored stays so."""
+    came = [0]
+
+    def handler(number, frame):
+        came.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number and signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, handler)
+    return came
+
+
+def run(main):
+    """Call main(), which returns the signal that ended it or 0, and exit; a user's mistake is one
+    line and code 2."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows ?
+    code = 0
+    try:
+        stop = main()
+        if stop:
+            print("\nstopped, all is saved: go on with the same command and --resume")
+            code = 128 + stop
+        if dist.is_initialized():
+            dist.barrier()  # the first process may still be writing
+            dist.destroy_process_group()
+    except KeyboardInterrupt:
+        code = 130
+    except (ValueError, OSError, FloatingPointError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        code = 2
+    sys.exit(code)

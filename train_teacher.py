@@ -1,6 +1,6 @@
 """train_teacher.py - train the teacher, a masked-diffusion language model (MDLM, arXiv 2406.07524).
 
-    python train_teacher.py                        # 2 minutes on two CPU cores, downloads nothing
+    python train_teacher.py                        # minutes on two CPU cores, downloads nothing
     python train_teacher.py --causal               # the autoregressive baseline, the same budget
     python train_teacher.py --data out/news        # a corpus of your own: data/README.md
     torchrun --standalone --nproc_per_node=8 train_teacher.py --data out/openwebtext --size small
@@ -11,85 +11,67 @@ import copy
 import math
 import time
 
-from data import corpus, files, memory  # before torch: Ctrl-C meanwhile is one word
 import torch
 import torch.nn.functional as F
 
 import didi
-from data.command import (FROM_0, FROM_1, RATE, SHARE, SIZE, add_run_flags, agree, make_parser,
-                          parse_run, progress, run_script, setup, share_done, share_out,
-                          stop_requested)
-from model import (RANK, Config, Denoiser, average_gradients, compile_trunk, load_checkpoint,
-                   restore, save_checkpoint, update_ema)
+from data import corpus, quality
+from model import (COUNT, FRACTION, RANK, RATE, SIZE, Config, Denoiser, add_run_flags, agree,
+                   average_gradients, catch_signals, check_output, fraction_done, make_parser, parse_run,
+                   per_part, restore, run, save, setup, stored_flags, training_log, update_ema)
 
-SIZED = ("n_layer", "n_head", "n_embd", "length", "batch", "updates", "lr", "warmup")
-SIZES = {"nano": (3, 4, 128, 128, 64, 1700, 8e-3, 100),            # minutes on two CPU cores
-         "mini": (6, 6, 384, 256, 256, 10_000, 4e-3, 300),         # 10 minutes of a GPU
-         "small": (12, 12, 768, 1024, 512, 100_000, 1e-3, 2000)}   # the paper's network
+SIZES = {
+    "nano": {"n_layer": 3, "n_head": 4, "n_embd": 128, "length": 128, "batch": 64,
+             "updates": 1700, "lr": 8e-3, "warmup": 100},     # minutes on two CPU cores
+    "mini": {"n_layer": 6, "n_head": 6, "n_embd": 384, "length": 256, "batch": 256,
+             "updates": 10_000, "lr": 4e-3, "warmup": 300},   # 10 minutes of a GPU
+    "small": {"n_layer": 12, "n_head": 12, "n_embd": 768, "length": 1024, "batch": 512,
+              "updates": 100_000, "lr": 1e-3, "warmup": 2000}}  # the paper's network
 
 
 def parse_flags(argv=None):
-    p, add = make_parser("Train the teacher, a masked-diffusion model.")
-    add("--data", default=corpus.DEFAULT, help="corpus folder, see data/README.md [signatures]")
+    p = make_parser(__doc__)
+    add = p.add_argument_group("data and network").add_argument
+    add("--data", default=corpus.DEFAULT, help="corpus folder, see data/README.md")
     add("--causal", action="store_true", help="train the autoregressive baseline and judge instead")
-    add("--size", choices=SIZES, default="nano", help="what all that is in [] below is by default")
-    add("--n_layer", type=SIZE, help="transformer blocks [3; 6; 12]")
-    add("--n_head", type=SIZE, help="H, attention heads [4; 6; 12]")
-    add("--n_embd", type=SIZE, help="D, width, a multiple of 2 H [128; 384; 768]")
-    add("--length", type=SIZE, help="L, tokens per sequence of packed text [128; 256; 1024]")
-    add("--batch", type=SIZE, help="B, sequences per update [64; 256; 512]")
-    add("--updates", type=FROM_1, help="optimiser steps [1700; 10000; 100000]")
-    add("--lr", type=RATE, help="peak: after warm-up a cosine to a tenth [8e-3; 4e-3; 1e-3]")
-    add("--warmup", type=FROM_0, help="updates of linear warm-up [100; 300; 2000]")
-    add("--ema", type=SHARE, default=0.995, help="decay of the weight average that is distilled")
-    add("--compile", action="store_true", help="torch.compile of the trunk [on CUDA with Triton]")
-    add_run_flags(add, eval_every=425, out="out/teacher.pt")
-    if p.parse_args(argv).causal:
+    add("--size", choices=SIZES, default="nano", help="sets the flags from here to --warmup")
+    add("--n_layer", type=SIZE, help="transformer blocks")
+    add("--n_head", type=SIZE, help="H, attention heads")
+    add("--n_embd", type=SIZE, help="D, width, a multiple of 2 H")
+    add("--length", type=SIZE, help="L, tokens per sequence of packed text; rows have their own")
+
+    add = p.add_argument_group("training").add_argument
+    add("--batch", type=SIZE, help="B, sequences per update")
+    add("--updates", type=SIZE, help="optimiser steps")
+    add("--lr", type=RATE, help="peak learning rate: after a warm-up, a cosine to a tenth")
+    add("--warmup", type=COUNT, help="updates of linear warm-up")
+    add("--ema", type=FRACTION, default=0.995, help="decay of the weight average that is distilled")
+    add("--compile", action="store_true", help="torch.compile the trunk: needs a C++ compiler")
+    add_run_flags(p, out="out/teacher.pt", eval_every=425)
+
+    p.set_defaults(**SIZES["nano"])  # for --help
+    given = p.parse_args(argv)
+    p.set_defaults(**SIZES[given.size])
+    if given.causal:
         p.set_defaults(out="out/causal.pt")
-    return parse_run(p, argv, lambda path: load_checkpoint(path, ("teacher", "causal"))[0])
-
-
-def settle(args, data):
-    """Fill in what the corpus and --size decide. ValueError if --length is not the corpus' own."""
-    if not data.packed and args.length in (None, data.length):
-        args.length = data.length
-    elif not data.packed:
-        raise ValueError(f"--length {args.length}, but {args.data} has rows of {data.length}")
-    for name, value in zip(SIZED, SIZES[args.size]):
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if args.n_embd % (2 * args.n_head):
-        raise ValueError(f"--n_embd {args.n_embd} must be a multiple of 2 --n_head {args.n_head}")
-    data.held_out(1, args.length)  # too little of it is said now, not at the first table
-
-
-def networks(args, config, data, device, bf16):
-    """{"model", "ema", and two optimisers: "muon" of the blocks' matrices, "adamw" of the rest}."""
-    model = Denoiser(config).to(device)
-    model.bf16 = bf16
-    model.lengths.copy_(data.length_shares(config.length))
-    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
-    rest = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
-    # Muon's steps are scaled to be as long as AdamW's: one learning rate serves both
-    return {"model": model, "ema": copy.deepcopy(model),
-            "muon": torch.optim.Muon(matrices, args.lr, 0.0, adjust_lr_fn="match_rms_adamw"),
-            "adamw": torch.optim.AdamW(rest, args.lr, (0.9, 0.98), weight_decay=0.0, fused=True)}
+    return parse_run(p, argv, ("teacher", "causal"))
 
 
 def causal_nll(model, x, mask_id):
-    """-log p(x_i | x_1 .. x_{i-1}) (B, L), nats, of x (B, L); the mask token stands before x_1."""
+    """Return -log p(x_i | x_1 .. x_{i-1}) (B, L), nats; the mask token stands before x_1."""
     z = F.pad(x[:, :-1], (1, 0), value=mask_id)
     return F.cross_entropy(model(z).float().flatten(0, 1), x.flatten(), reduction="none").view_as(x)
 
 
 def bound_and_loss(model, x):
-    """Of x (B, L): nats per text token, those of the length included (at most 13.8); the loss."""
+    """Return the bound of x (B, L), nats per text token, that of the length included; the loss."""
     mask_id, pad_id = model.config.mask_id, model.config.pad_id
     text = x != pad_id  # (B, L)
-    if model.config.causal:  # which says itself where a text ends
+    if model.config.causal:  # it predicts where a text ends, so the first end counts
         counted = corpus.until_end(x, pad_id)  # (B, L)
         nll = (causal_nll(model, x, mask_id) * counted).sum()
         return nll / text.sum(), nll / counted.sum()
+
     bound, loss = didi.nelbo(model, x, mask_id, pad_id)
     p_length = model.lengths[text.sum(1)].clamp(min=1e-6)  # (B,)
     return bound - p_length.log().sum() / text.sum(), loss
@@ -97,71 +79,100 @@ def bound_and_loss(model, x):
 
 @torch.no_grad()
 def validate(model, data, device):
-    """{"val_nelbo": .., "val_ppl": .., measures of samples}; always the same random numbers."""
-    L, pad_id = model.config.length, model.config.pad_id
-    steps = () if model.config.causal else (8, 64)  # causal samples need a loop of their own
+    """Return the bound of held-out text and measures of samples, always of the same random numbers.
+    """
+    config = model.config
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(1234)
-        x = data.held_out(max(1, 2 ** 16 // L), L).to(device)
-        parts = x.split(min(64, model.config.at_once))
-        nats = [bound_and_loss(model, part)[0] * (part != pad_id).sum() for part in parts]
-    nelbo = sum(nats).item() / (x != pad_id).sum().item()
-    return {"val_nelbo": nelbo, "val_ppl": math.exp(min(nelbo, 700)),
-            **data.measures(model, didi.sample, steps)}
+        nats = tokens = 0
+        for x in data.held_out(max(1, 2 ** 16 // config.length), config.length).split(64):
+            x = x.to(device)
+            count = (x != config.pad_id).sum()
+            nats += bound_and_loss(model, x)[0] * count
+            tokens += count
+        nelbo = (nats / tokens).item()
+        row = {"val_nelbo": nelbo, "val_ppl": math.exp(nelbo)}
 
-
-def train(args, nets, data, device, about, step, seconds):
-    """The loop, until --updates or --minutes are over or a signal comes; returns the exit code."""
-    model, L, B = nets["model"], nets["model"].config.length, share_out("batch", args)
-    if RANK > 0:  # every process its own random numbers; the first one's go on
-        torch.manual_seed(args.seed + 1000 * RANK + step)
-    begin, code, stop = time.perf_counter() - seconds, 0, stop_requested()
-    share = share_done(args, step, seconds)
-    with progress(args, step, args.updates) as log:
-        while share < 1 and not code:
-            warm = min((step + 1) / max(args.warmup, 1), 1)
-            lr = args.lr * warm * (0.55 + 0.45 * math.cos(math.pi * share))
-            for _ in range(args.accumulate):
-                x = data.batch(B, L, device)  # (B, L)
-                bound, loss = bound_and_loss(model, x)
-                (loss / args.accumulate).backward()
-            average_gradients(model)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in (nets["muon"], nets["adamw"]):
-                optimizer.param_groups[0]["lr"] = lr
-                optimizer.step()
-                optimizer.zero_grad()
-            update_ema(nets["ema"], model, min(args.ema, (step + 1) / (step + 10)))
-            step += 1
-            seconds, code = agree(time.perf_counter() - begin, stop())
-            share = share_done(args, step, seconds)
-            table = step % args.eval_every == 0 or share == 1
-            log({"step": step, "seconds": seconds, "loss": loss.item(), "nelbo": bound.item(),
-                 "norm": norm.item(), "lr": lr})
-            if table or code:
-                save_checkpoint(args.out, nets, step=step, seconds=seconds, **about)
-            if table and RANK == 0:
-                log({"step": step, **validate(nets["ema"], data, device)}, table)
-    return int(code)
+        for steps in () if config.causal else (8, 64):
+            z = model.start(model.draw_lengths(128))
+            x, _ = didi.sample(model, z, steps, config.mask_id)
+            measures = quality.shown(x, data)
+            row |= {f"{name}@{steps}": value for name, value in measures.items()}
+    return row
 
 
 def main(argv=None):
     args, ckpt = parse_flags(argv)
     data = corpus.load(args.data)
-    files.check_output(args.out, args.data)
-    settle(args, data)
+    if ckpt is None:
+        check_output(args.out, args.data)
     device, bf16 = setup(args)
-    config = Config(corpus.make_tokenizer(data.tokenizer).n_vocab, args.length, args.n_layer,
-                    args.n_head, args.n_embd, args.causal, not data.packed, data.framed)
-    token = 20 * args.n_embd * args.n_layer + 3 * config.vocab_size  # bytes
-    memory.check(config, device, 4, share_out("batch", args), token, "--batch")
-    nets = networks(args, config, data, device, bf16)
-    step, seconds = restore(nets, ckpt, args.out)
-    compile_trunk(nets["model"], args.compile)
-    about = {"kind": "causal" if args.causal else "teacher", "config": vars(config),
-             "tokenizer": data.tokenizer, "flags": vars(args)}
-    return train(args, nets, data, device, about, step, seconds)
+
+    # network, average and optimisers
+    length = args.length if data.packed else data.length
+    V = corpus.make_tokenizer(data.tokenizer).n_vocab
+    config = Config(V, length, args.n_layer, args.n_head, args.n_embd, args.causal,
+                    not data.packed, data.framed)
+    model = Denoiser(config).to(device)
+    model.bf16 = bf16
+    model.lengths.copy_(data.length_shares(length))
+    average = copy.deepcopy(model)
+
+    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
+    rest = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
+    # Muon's steps are scaled to be as long as AdamW's: one learning rate serves both
+    muon = torch.optim.Muon(matrices, args.lr, 0.0, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(rest, args.lr, (0.9, 0.98), weight_decay=0.0, fused=True)
+    step, seconds = 0, 0.0
+    if ckpt is not None:
+        restore(ckpt, args.out, model=model, ema=average, muon=muon, adamw=adamw)
+        step, seconds = ckpt["step"], ckpt["seconds"]
+    if args.compile:
+        model.trunk = torch.compile(model.trunk)
+    if RANK > 0:  # every process has its own random numbers
+        torch.manual_seed(args.seed + 1000 * RANK + step)
+
+    B = per_part("batch", args)
+    came, stop = catch_signals(), 0
+    begin = time.perf_counter() - seconds
+    done = fraction_done(args, step, seconds)
+    with training_log(args, step, args.updates) as log:
+        while done < 1 and not stop:
+            # learning rate: linear warm-up, then a cosine to a tenth
+            warm = min((step + 1) / max(args.warmup, 1), 1)
+            lr = args.lr * warm * (0.55 + 0.45 * math.cos(math.pi * done))
+
+            # gradient of the mean over a batch
+            for _ in range(args.accumulate):
+                x = data.batch(B, length, device)  # (B, L)
+                bound, loss = bound_and_loss(model, x)
+                (loss / args.accumulate).backward()
+            average_gradients(model)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+
+            # step
+            for optimizer in (muon, adamw):
+                optimizer.param_groups[0]["lr"] = lr
+                optimizer.step()
+                optimizer.zero_grad()
+            update_ema(average, model, min(args.ema, (step + 1) / (step + 10)))
+            step += 1
+
+            # log, checkpoint, table
+            seconds, stop = agree(time.perf_counter() - begin, came[-1])
+            done = fraction_done(args, step, seconds)
+            log({"step": step, "seconds": seconds, "loss": loss.item(), "nelbo": bound.item(),
+                 "norm": norm.item(), "lr": lr})
+            table = step % args.eval_every == 0 or done == 1
+            if table or stop:
+                save(args.out, kind="causal" if args.causal else "teacher", config=vars(config),
+                     tokenizer=data.tokenizer, flags=stored_flags(args), step=step,
+                     seconds=seconds, model=model.state_dict(), ema=average.state_dict(),
+                     muon=muon.state_dict(), adamw=adamw.state_dict())
+            if table and RANK == 0:
+                log({"step": step, **validate(average, data, device)}, table=True)
+    return int(stop)
 
 
 if __name__ == "__main__":
-    run_script(main, resumes=True)
+    run(main)

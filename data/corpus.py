@@ -176,7 +176,7 @@ class Corpus:
         fault = None
         if tokenizer != self.tokenizer:
             fault = f"{self.tokenizer} tokens for its {tokenizer}: make it again"
-        elif config.row_length != self.length:
+        elif (config.length if config.pads else 0) != self.length:
             fault = "rows of another length: make it again"
         elif config.framed and not self.framed:
             fault = "no ends: make it with --framed"
