@@ -132,6 +132,7 @@ def main(argv=None):
         check_output(args.out, args.data, args.teacher)
     mask_id, pad_id, L = teacher.config.mask_id, teacher.config.pad_id, teacher.config.length
     groups, G = per_part("groups", args), args.G
+    regularised = args.kl > 0 or args.entropy > 0
     flags = stored_flags(args)
 
     pool = None
@@ -169,51 +170,56 @@ def main(argv=None):
 
             for _ in range(args.accumulate):
                 # 1. Rollout with intermediate-state matching: z_1 -> z_tau -> x, in groups of G
-                z_1 = teacher.start(teacher.draw_lengths(groups))  # (groups, L)
-                ones = torch.ones(groups, device=device)
-                levels, tau, pi = didi.draw_levels(ones, args.K)  # (K + 1, groups), (groups,)
-                compared = teacher if moving and args.kl > 0 else None
+                lengths = teacher.draw_lengths(groups)
+                z_1 = teacher.start(lengths.repeat_interleave(G))  # (B, L)
+                levels, tau, pi = didi.draw_levels(groups, args.K, device)
+                levels = levels.repeat_interleave(G, dim=1)  # (K + 1, B)
                 with torch.set_grad_enabled(moving):
-                    x, log_prob, (kl, entropy) = didi.rollout(student, z_1, levels, mask_id, G,
-                                                              compared, "forward")
+                    x, log_prob, states = didi.rollout(student, z_1, levels, mask_id, regularised)
 
                 # 2. Mask x again, at tau (coupled time) or at a level of its own; a reference alike
-                level, w = tau, torch.ones_like(tau)  # (groups,) each
+                level = tau  # (groups,)
                 if not args.coupled:
                     level = torch.rand_like(tau)
+                w = torch.ones_like(tau)
                 if args.w:
                     w = didi.weight(level)
                 if args.coupled and args.pi:
                     w = w / pi
-                level, w = level.repeat_interleave(G), w.repeat_interleave(G)  # (B,) each
+                level = level.repeat_interleave(G)  # (B,)
+                w = w.repeat_interleave(G)
                 z_student = didi.forward_mask(x, level, mask_id, pad_id)
                 n = (groups + 1) // 2 * G  # half of the groups train the discriminator
                 if pool is None:
                     x_ref = data.batch(n, L, device)
                 else:
-                    x_ref = pool[torch.randint(len(pool), (n,)).to(device)]
+                    x_ref = pool[torch.randint(len(pool), (n,), device=device)]
                 z_ref = didi.forward_mask(x_ref, level[:n], mask_id, pad_id)
 
                 # 3. Discriminator: label 1 on the reference
-                enter, enter_ref = disc.enters(z_student), disc.enters(z_ref)  # (B, L), (n, L)
+                text, text_ref = x != pad_id, x_ref != pad_id  # (B, L), (n, L)
                 logits_ref, logits = disc(torch.cat((z_ref, z_student[:n]))).split(n)
-                disc_loss = didi.discriminator_loss(logits_ref, enter_ref, logits, enter[:n],
+                disc_loss = didi.discriminator_loss(logits_ref, text_ref, logits, text[:n],
                                                     args.smoothing)
                 (disc_loss / args.accumulate).backward()
 
                 # 4. Reward: the same logits and those of the other half, compared within groups
                 with torch.no_grad():
                     logits = torch.cat((logits, disc(z_student[n:])))
-                r_ref, r = didi.reward(logits_ref, enter_ref), didi.reward(logits, enter)
-                advantage = didi.ratio_power(r, args.power)  # (B,)
+                r_ref = didi.reward(logits_ref, text_ref)  # (n,)
+                r = didi.reward(logits, text)  # (B,)
+                advantage = didi.ratio_power(r, args.power)
                 if args.group_norm:
                     advantage = didi.grouped_advantage(advantage, G, eps=args.eps)
 
                 # 5. Student: policy gradient, KL to the teacher, entropy bonus
                 if moving:
-                    mean_length = (x != pad_id).sum() / len(x)
-                    policy = didi.policy_loss(log_prob, advantage, w, mean_length)
-                    loss = policy + args.kl * kl - args.entropy * entropy
+                    mean_length = text.sum() / len(x)
+                    policy_loss = didi.policy_loss(log_prob, advantage, w, mean_length)
+                    loss = policy_loss
+                    if regularised:
+                        kl, entropy = didi.regularisers(states, teacher, mask_id)
+                        loss = policy_loss + args.kl * kl - args.entropy * entropy
                     (loss / args.accumulate).backward()
 
             lr = args.lr * (1 - 0.9 * done)
@@ -235,7 +241,9 @@ def main(argv=None):
                    "spread": r.view(-1, G).std(1, correction=0).mean().item(),
                    "disc_norm": disc_norm, "norm": norm, "lr": lr}
             if moving:
-                row |= {"policy": policy.item(), "kl": kl.item(), "entropy": entropy.item()}
+                row["policy_loss"] = policy_loss.item()
+            if moving and regularised:
+                row |= {"kl": kl.item(), "entropy": entropy.item()}
             log(row)
             table = done == 1 or (moving and (step - args.disc_warmup) % args.eval_every == 0)
             if table or stop:

@@ -123,18 +123,11 @@ class Denoiser(nn.Module):
                 h = block(h, self.cos[:L], self.sin[:L])
             return self.norm(h)
 
-    def hidden(self, z, where=...):
-        """Hidden states (B, L, D) of z (B, L), or (n, D) at the n True positions of `where`."""
-        return self.trunk(self.embed(z))[where]
-
-    def head(self, h):
-        """Hidden states (.., D) -> raw logits (.., V): the widest matrix."""
+    def forward(self, z, where=...):
+        """Return raw logits (n, V) at the n True positions of `where` (B, L), or all (B, L, V)."""
+        h = self.trunk(self.embed(z))[where]
         with torch.autocast(h.device.type, torch.bfloat16, enabled=self.bf16):
             return self.out(h)
-
-    def forward(self, z, where=...):
-        """Logits (B, L, V), or (n, V) at the n True positions of `where` (B, L), raw."""
-        return self.head(self.hidden(z, where))
 
     def draw_lengths(self, n):
         """Draw n lengths (n,) from the distribution of the training texts' lengths."""
@@ -170,10 +163,6 @@ class Discriminator(nn.Module):
         if where is not None:
             e[where] = (probs @ self.body.embed.weight[:probs.shape[1]]).to(e.dtype)
         return self.score(self.body.trunk(e)).squeeze(-1)
-
-    def enters(self, z):
-        """(B, L) bool: the positions of z whose logits enter the loss and the reward: no pads."""
-        return z != self.body.config.pad_id
 
 
 # ============================================ what the scripts share, whatever the method: the flags

@@ -122,8 +122,9 @@ def main(argv=None):
         disc = Discriminator(net).to(device)
         restore(ckpt, args.model, disc=disc)
         how["discriminator"] = disc.eval()  # spectral norm must not go on iterating
-        torch.manual_seed(args.seed)
+        how["pad_id"] = config.pad_id
 
+    torch.manual_seed(args.seed)  # making networks has drawn numbers
     z = start_states(args, net, given_tokens(args, encoding, config.mask_id))
     parts = []
     for part in tqdm(z.split(args.batch), unit="batch", delay=2, disable=args.watch):
