@@ -279,6 +279,12 @@ def regularisers(states, teacher, mask_id):
     return total_kl / len(states), total_entropy / len(states)
 
 
+@torch.no_grad()
+def update_ema(average, student, decay):
+    """Move the weights of `average` in place: average = decay * average + (1 - decay) * student."""
+    torch._foreach_lerp_(list(average.parameters()), list(student.parameters()), 1 - decay)
+
+
 # ------------------------------------------------------- reward-guided ancestral sampler (RGAS)
 def tilted(z, where, log_p_x, discriminator, pad_id, h):
     """Draw z_s (B, L): tokens at `where`, n positions of z, from log_p_x (n, V) + h * dr/dp.

@@ -17,10 +17,9 @@ from tqdm import tqdm
 
 import didi
 from data import corpus, quality
-from model import (COUNT, FRACTION, RANK, RATE, SIZE, WEIGHT, Discriminator, add_run_flags, agree,
-                   average_gradients, between, catch_signals, check_output, fraction_done,
-                   load_network, make_parser, parse_run, per_part, restore, run, save, setup,
-                   stored_flags, training_log, update_ema)
+from model import (COUNT, FRACTION, RANK, RATE, SIZE, Discriminator, add_run_flags, agree, between,
+                   catch_signals, check_output, descend, fraction_done, load, log, make_parser,
+                   parse_run, per_part, restore, run, save, setup)
 
 PAPER = {"groups": 32, "G": 4, "K": 2, "w": True, "pi": True, "smoothing": 0.1, "eps": 1e-4,
          "kl": 0.1, "entropy": 0.01, "power": 0.0, "temperature": 1.0, "reference": "teacher"}
@@ -60,8 +59,8 @@ def parse_flags(argv=None):
     add("--temperature", type=RATE, default=0.6, help="the student begins as the teacher at this")
     add("--w", action=on_off, default=False, help="weight 1/t at the level t of the reward")
     add("--pi", action=on_off, default=False, help="if coupled: divide by tau's density")
-    add("--kl", type=WEIGHT, default=0.0, help="weight of KL(teacher || student), per masked token")
-    add("--entropy", type=WEIGHT, default=0.0, help="weight of the entropy bonus, per masked token")
+    add("--kl", type=FRACTION, default=0.0, help="weight of KL(teacher || student), per masked token")
+    add("--entropy", type=FRACTION, default=0.0, help="weight of the entropy bonus, per masked token")
     add("--lr", type=RATE, help="falls to a tenth; None: 6e-4 of the teacher's RMS weight")
     add("--ema", type=FRACTION, default=0.99, help="decay of the weight average that is sampled")
     add("--updates", type=SIZE, default=300, help="updates of the student")
@@ -76,12 +75,14 @@ def parse_flags(argv=None):
 
 
 def load_teacher(args, device, bf16):
-    """Return the teacher of --teacher and the Corpus of --data, or its own."""
-    ckpt, teacher = load_network(args.teacher, ("teacher",), device, bf16)
+    """Return the teacher of --teacher and the Corpus of --data, by default the teacher's own."""
+    ckpt, teacher = load(args.teacher, ("teacher",), device, bf16)
     if args.data is None:
         args.data = ckpt["flags"]["data"]
     data = corpus.load(args.data)
-    data.check_fits(args.teacher, ckpt["tokenizer"], teacher.config)
+    config = teacher.config
+    length = config.length if config.pads else 0
+    data.check_fits(args.teacher, ckpt["tokenizer"], length, config.framed)
     return teacher, data
 
 
@@ -92,35 +93,26 @@ def rms_of_matrices(net):
     return torch.cat(matrices).square().mean().sqrt().item()
 
 
-@torch.no_grad()
-def teacher_samples(teacher, num, B=256, steps=64):
-    """Return at least `num` texts (n, L) of the teacher, in `steps` steps, B at a time."""
+def teacher_samples(teacher, num, B=64, steps=64):
+    """Return `num` texts (num, L) of the teacher in `steps` steps, B at a time."""
     samples = []
     for _ in tqdm(range(0, num, B), desc="teacher samples", unit="batch", disable=RANK > 0):
-        z = teacher.start(teacher.draw_lengths(min(B, num)))
-        samples.append(didi.sample(teacher, z, steps, teacher.config.mask_id)[0])
+        z = teacher.start(teacher.draw_lengths(B))
+        x, _ = didi.sample(teacher, z, steps, teacher.config.mask_id)
+        samples.append(x)
     return torch.cat(samples)
 
 
-def descend(net, optimizer):
-    """Take one step with gradients clipped to norm 1; return the norm before clipping."""
-    average_gradients(net)
-    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-    return norm.item()
-
-
 def validate(student, data, device):
-    """Return measures of samples in 4, 8 and 16 steps, always of the same random numbers."""
+    """Return measures of samples in 4, 8 and 16 steps, with fixed random numbers."""
     row = {}
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(4321)
         for steps in (4, 8, 16):
             z = student.start(student.draw_lengths(128))
             x, _ = didi.sample(student, z, steps, student.config.mask_id)
-            measures = quality.shown(x, data)
-            row |= {f"{name}@{steps}": value for name, value in measures.items()}
+            for name, value in quality.shown(x, data).items():
+                row[f"{name}@{steps}"] = value
     return row
 
 
@@ -129,19 +121,20 @@ def main(argv=None):
     device, bf16 = setup(args)
     teacher, data = load_teacher(args, device, bf16)
     if ckpt is None:
-        check_output(args.out, args.data, args.teacher)
-    mask_id, pad_id, L = teacher.config.mask_id, teacher.config.pad_id, teacher.config.length
-    groups, G = per_part("groups", args), args.G
+        check_output(args.out, ("student",), args.data)
+    mask_id = teacher.config.mask_id
+    pad_id = teacher.config.pad_id
+    groups = per_part("groups", args)
+    G = args.G
+    B = groups * G
     regularised = args.kl > 0 or args.entropy > 0
-    flags = stored_flags(args)
 
+    torch.manual_seed(args.seed)
     pool = None
     if args.reference == "teacher":
-        num = min(2048, args.groups * G * (args.disc_warmup + args.updates))
-        pool = teacher_samples(teacher, num)
+        pool = teacher_samples(teacher, 2048)
 
-    # the student, its average and the discriminator's trunk are copies of the loaded teacher; the
-    # first two have its logits over --temperature
+    # the student and its average begin as the teacher at --temperature
     if args.lr is None:
         args.lr = 6e-4 * rms_of_matrices(teacher)
     if args.disc_lr is None:
@@ -153,105 +146,101 @@ def main(argv=None):
     disc = Discriminator(teacher, args.disc_blocks).to(device)
     opt = torch.optim.AdamW(student.parameters(), args.lr, (0.9, 0.99), weight_decay=0.0)
     disc_opt = torch.optim.AdamW(disc.parameters(), args.disc_lr, (0.9, 0.99), weight_decay=0.0)
+
     nets = {"model": student, "ema": average, "disc": disc, "opt": opt, "disc_opt": disc_opt}
-    step, seconds = 0, 0.0
+    step, seconds, rows = 0, 0.0, []
     if ckpt is not None:
         restore(ckpt, args.out, **nets)
-        step, seconds = ckpt["step"], ckpt["seconds"]
+        step, seconds, rows = ckpt["step"], ckpt["seconds"], ckpt["log"]
     if RANK > 0:  # every process has its own random numbers
         torch.manual_seed(args.seed + 1000 * RANK + step)
 
     came, stop = catch_signals(), 0
     begin = time.perf_counter() - seconds
     done = fraction_done(args, step - args.disc_warmup, seconds)
-    with training_log(args, step, args.disc_warmup + args.updates) as log:
-        while done < 1 and not stop:
-            moving = step >= args.disc_warmup  # until then only the discriminator learns
+    if done == 1:
+        print(f"{args.out} has had its time: give more --updates or --minutes")
+    bar = tqdm(desc=args.out, total=args.disc_warmup + args.updates, initial=step,
+               disable=RANK > 0)
+    while done < 1 and not stop:
+        moving = step >= args.disc_warmup  # until then only the discriminator learns
 
-            for _ in range(args.accumulate):
-                # 1. Rollout with intermediate-state matching: z_1 -> z_tau -> x, in groups of G
-                lengths = teacher.draw_lengths(groups)
-                z_1 = teacher.start(lengths.repeat_interleave(G))  # (B, L)
-                levels, tau, pi = didi.draw_levels(groups, args.K, device)
-                levels = levels.repeat_interleave(G, dim=1)  # (K + 1, B)
-                with torch.set_grad_enabled(moving):
-                    x, log_prob, states = didi.rollout(student, z_1, levels, mask_id, regularised)
+        for _ in range(args.accumulate):
+            # 1. Rollout with intermediate-state matching: z_1 -> z_tau -> x, in groups of G
+            lengths = teacher.draw_lengths(groups)
+            z_1 = teacher.start(lengths.repeat_interleave(G))  # (B, L)
+            levels, tau, pi = didi.draw_levels(groups, args.K, device)
+            levels = levels.repeat_interleave(G, dim=1)  # (K + 1, B)
+            with torch.set_grad_enabled(moving):
+                x, log_prob, states = didi.rollout(student, z_1, levels, mask_id, regularised)
 
-                # 2. Mask x again, at tau (coupled time) or at a level of its own; a reference alike
-                level = tau  # (groups,)
-                if not args.coupled:
-                    level = torch.rand_like(tau)
-                w = torch.ones_like(tau)
-                if args.w:
-                    w = didi.weight(level)
-                if args.coupled and args.pi:
-                    w = w / pi
-                level = level.repeat_interleave(G)  # (B,)
-                w = w.repeat_interleave(G)
-                z_student = didi.forward_mask(x, level, mask_id, pad_id)
-                n = (groups + 1) // 2 * G  # half of the groups train the discriminator
-                if pool is None:
-                    x_ref = data.batch(n, L, device)
-                else:
-                    x_ref = pool[torch.randint(len(pool), (n,), device=device)]
-                z_ref = didi.forward_mask(x_ref, level[:n], mask_id, pad_id)
+            # 2. Mask x again, at tau (coupled time) or at a level of its own; a reference alike
+            level = tau  # (groups,)
+            if not args.coupled:
+                level = torch.rand_like(tau)
+            w = torch.ones_like(tau)
+            if args.w:
+                w = didi.weight(level)
+            if args.pi and args.coupled:
+                w = w / pi
+            level = level.repeat_interleave(G)  # (B,)
+            w = w.repeat_interleave(G)
+            if pool is None:
+                x_ref = data.batch(B, teacher.config.length, device)
+            else:
+                x_ref = pool[torch.randint(len(pool), (B,), device=device)]
+            z = didi.forward_mask(x, level, mask_id, pad_id)
+            z_ref = didi.forward_mask(x_ref, level, mask_id, pad_id)
 
-                # 3. Discriminator: label 1 on the reference
-                text, text_ref = x != pad_id, x_ref != pad_id  # (B, L), (n, L)
-                logits_ref, logits = disc(torch.cat((z_ref, z_student[:n]))).split(n)
-                disc_loss = didi.discriminator_loss(logits_ref, text_ref, logits, text[:n],
-                                                    args.smoothing)
-                (disc_loss / args.accumulate).backward()
+            # 3. Discriminator: label 1 on the reference
+            text = x != pad_id  # (B, L)
+            text_ref = x_ref != pad_id
+            logits, logits_ref = disc(torch.cat((z, z_ref))).chunk(2)  # (B, L) each
+            disc_loss = didi.discriminator_loss(logits_ref, text_ref, logits, text, args.smoothing)
+            (disc_loss / args.accumulate).backward()
 
-                # 4. Reward: the same logits and those of the other half, compared within groups
-                with torch.no_grad():
-                    logits = torch.cat((logits, disc(z_student[n:])))
-                r_ref = didi.reward(logits_ref, text_ref)  # (n,)
-                r = didi.reward(logits, text)  # (B,)
-                advantage = didi.ratio_power(r, args.power)
-                if args.group_norm:
-                    advantage = didi.grouped_advantage(advantage, G, eps=args.eps)
+            # 4. Reward, from the logits that train the discriminator; advantage within groups
+            r = didi.reward(logits, text)  # (B,)
+            advantage = didi.ratio_power(r, args.power)
+            if args.group_norm:
+                advantage = didi.grouped_advantage(advantage, G, eps=args.eps)
 
-                # 5. Student: policy gradient, KL to the teacher, entropy bonus
-                if moving:
-                    mean_length = text.sum() / len(x)
-                    policy_loss = didi.policy_loss(log_prob, advantage, w, mean_length)
-                    loss = policy_loss
-                    if regularised:
-                        kl, entropy = didi.regularisers(states, teacher, mask_id)
-                        loss = policy_loss + args.kl * kl - args.entropy * entropy
-                    (loss / args.accumulate).backward()
-
-            lr = args.lr * (1 - 0.9 * done)
-            opt.param_groups[0]["lr"] = lr
-            disc_norm = descend(disc, disc_opt)
-            norm = 0.0
+            # 5. Student: policy gradient, KL to the teacher, entropy bonus
             if moving:
-                norm = descend(student, opt)
-                update_ema(average, student, args.ema)
-            step += 1
+                loss = didi.policy_loss(log_prob, advantage, w, length=text.sum() / B)
+                if regularised:
+                    kl, entropy = didi.regularisers(states, teacher, mask_id)
+                    loss = loss + args.kl * kl - args.entropy * entropy
+                (loss / args.accumulate).backward()
 
-            # log, checkpoint, table
-            seconds, stop = agree(time.perf_counter() - begin, came[-1])
-            done = fraction_done(args, step - args.disc_warmup, seconds)
-            right = (r_ref > 0).float().mean() + (r < 0).float().mean()
-            row = {"step": step, "seconds": seconds, "disc_loss": disc_loss.item(),
-                   "r_ref": r_ref.mean().item(), "r_student": r.mean().item(),
-                   "disc_acc": right.item() / 2,
-                   "spread": r.view(-1, G).std(1, correction=0).mean().item(),
-                   "disc_norm": disc_norm, "norm": norm, "lr": lr}
-            if moving:
-                row["policy_loss"] = policy_loss.item()
-            if moving and regularised:
-                row |= {"kl": kl.item(), "entropy": entropy.item()}
-            log(row)
-            table = done == 1 or (moving and (step - args.disc_warmup) % args.eval_every == 0)
-            if table or stop:
-                states = {name: net.state_dict() for name, net in nets.items()}
-                save(args.out, kind="student", config=vars(teacher.config),
-                     tokenizer=data.tokenizer, flags=flags, step=step, seconds=seconds, **states)
-            if table and RANK == 0:
-                log({"step": step, **validate(average, data, device)}, table=True)
+        # step
+        disc_norm = descend(disc, args.disc_lr, disc_opt)
+        if moving:
+            norm = descend(student, args.lr * (1 - 0.9 * done), opt)
+            didi.update_ema(average, student, args.ema)
+        step += 1
+
+        # log, table, checkpoint
+        seconds, stop = agree(time.perf_counter() - begin, came[-1])
+        done = fraction_done(args, step - args.disc_warmup, seconds)
+        r_ref = didi.reward(logits_ref, text_ref)
+        right = (r_ref > 0).float().mean() + (r < 0).float().mean()
+        row = {"step": step, "seconds": seconds, "disc_loss": disc_loss.item(),
+               "disc_acc": right.item() / 2, "disc_norm": disc_norm, "r": r.mean().item(),
+               "spread": r.view(-1, G).std(1).mean().item()}
+        if moving:
+            row |= {"loss": loss.item(), "norm": norm}
+        if moving and regularised:
+            row |= {"kl": kl.item(), "entropy": entropy.item()}
+        log(rows, bar, row)
+        table = done == 1 or (moving and (step - args.disc_warmup) % args.eval_every == 0)
+        if table and RANK == 0:
+            log(rows, bar, {"step": step, **validate(average, data, device)}, table=True)
+        if table or stop:
+            save(args.out, rows, kind="student", config=vars(teacher.config),
+                 tokenizer=data.tokenizer, flags=vars(args), step=step, seconds=seconds,
+                 **{name: net.state_dict() for name, net in nets.items()})
+    bar.close()
     return int(stop)
 
 

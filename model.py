@@ -4,7 +4,6 @@ The denoiser is a bidirectional transformer. It takes no time input: how many to
 tells the noise level (arXiv 2409.02908). The method does not need this file: see didi.py.
 """
 import argparse
-import contextlib
 import copy
 import json
 import math
@@ -19,9 +18,9 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.parametrizations import spectral_norm
-from tqdm import tqdm
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
+RANK = int(os.environ.get("RANK", 0))  # of torchrun
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 
 @dataclass(frozen=True)
@@ -165,21 +164,15 @@ class Discriminator(nn.Module):
         return self.score(self.body.trunk(e)).squeeze(-1)
 
 
-# ============================================ what the scripts share, whatever the method: the flags
-class Parser(argparse.ArgumentParser):
-    """An argparse parser whose complaint is a ValueError, which `run` prints as one line."""
-
-    def error(self, message):
-        raise ValueError(f"{message} (see --help)")
+# ===================================================== what the scripts share, whatever the method
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Help that shows the defaults and keeps the docstring's lines."""
 
 
 def make_parser(doc):
-    """Return a parser that describes a script by its docstring and shows every default."""
-    return Parser(description=doc, formatter_class=Formatter)
-
-
-class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Help that keeps the docstring's lines and shows the defaults."""
+    """Return a parser that describes a script by its docstring; what it refuses is one line."""
+    return argparse.ArgumentParser(description=doc, formatter_class=Formatter,
+                                   usage=argparse.SUPPRESS)
 
 
 def between(low, high, kind=float):
@@ -188,11 +181,14 @@ def between(low, high, kind=float):
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not between {low:,} and {high:,}")
         return kind(text)
+
     return number
 
 
-COUNT, SIZE = between(0, 10 ** 9, int), between(1, 10 ** 9, int)
-RATE, WEIGHT, FRACTION = between(1e-9, 1e6), between(0, 1e6), between(0, 1)
+COUNT = between(0, 10 ** 9, int)
+SIZE = between(1, 10 ** 9, int)
+RATE = between(1e-9, 1e6)
+FRACTION = between(0, 1)
 
 
 def add_device_flags(p):
@@ -221,43 +217,33 @@ def parse_run(p, argv, kinds):
     if not args.resume:
         return args, None
 
-    ckpt = load(args.out, kinds)
-    flags = ckpt["flags"]
+    ckpt, _ = load(args.out, kinds)
+    flags = ckpt["flags"] | {"out": args.out}
     if args.updates != p.get_default("updates"):
         flags["minutes"] = None  # a new limit wins
     p.set_defaults(**flags)
     return p.parse_args(argv), ckpt
 
 
-def stored_flags(args):
-    """Return the flags that a checkpoint keeps, a dict: all but those of where it lies."""
-    return {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
-
-
 # ------------------------------------------------------------------------ device and processes
 def setup(args):
-    """Seed, join the processes of torchrun, and return (device, bf16) for --device and --bf16."""
-    # oneDNN keeps 1,024 kernels, one for each number of masks: 6 MB more in every update
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-    torch.manual_seed(args.seed)
-
-    name = args.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError("--device cuda: torch sees no GPU here")
+    """Join the processes of torchrun; return (device, bf16) for --device and --bf16."""
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # else 6 MB more in each update
+    cpu = torch.cpu.get_capabilities()
+    fast = bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))  # at bfloat16
+    name = "cpu"
+    if args.device != "cpu" and torch.cuda.is_available():
+        name = "cuda"
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        fast = torch.cuda.get_device_capability() >= (8, 0)
+    elif args.device == "cuda":
+        raise ValueError("--device cuda: torch sees no GPU here")
+
     if WORLD > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
-
-    bf16 = args.bf16
-    if bf16 is None and name == "cuda":
-        bf16 = torch.cuda.get_device_capability() >= (8, 0)
-    elif bf16 is None:
-        cpu = torch.cpu.get_capabilities()
-        bf16 = bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
-    return torch.device(name), bf16
+    if args.bf16 is not None:
+        fast = args.bf16
+    return torch.device(name), fast
 
 
 def per_part(name, args):
@@ -283,156 +269,111 @@ def agree(*numbers):
     return x.tolist()
 
 
-def average_gradients(net):
-    """Replace each gradient by its mean over all processes."""
-    if WORLD == 1:
-        return
-    for p in net.parameters():
-        if p.grad is not None:
-            dist.all_reduce(p.grad)
-            p.grad /= WORLD
+def descend(net, lr, *optimizers):
+    """Take one step along the gradients, averaged over all processes and clipped to norm 1.
+
+    Returns the norm before clipping, and leaves no gradient.
+    """
+    if WORLD > 1:
+        for p in net.parameters():
+            if p.grad is not None:
+                dist.all_reduce(p.grad)
+                p.grad /= WORLD
+    norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+    return norm.item()
 
 
-@torch.no_grad()
-def update_ema(ema, model, decay):
-    """ema = decay * ema + (1 - decay) * model, parameter by parameter, in place."""
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+# -------------------------------------------------------------------------- log and checkpoints
+def log(rows, bar, row, table=False):
+    """Append a row, a dict of numbers, to the log and show it; a table is printed above the bar.
+
+    Raises FloatingPointError if a number is not finite.
+    """
+    if not all(map(math.isfinite, row.values())):
+        raise FloatingPointError(f"the run has diverged at step {row['step']}: lower --lr")
+    rows.append(row)
+    text = ", ".join(f"{name} {value:.4g}" for name, value in row.items())
+    if table:
+        bar.write(text)
+    else:
+        bar.set_postfix_str(text, refresh=False)
+        bar.update()
 
 
-# ---------------------------------------------------------------------------------- checkpoints
-def save(path, **parts):
-    """Write a checkpoint, numbers and state dicts, whole or not at all.
+def save(path, log, **parts):
+    """Write a checkpoint, whole or not at all, and its log, a list of dicts, beside it as .jsonl.
 
-    Raises FloatingPointError if a weight is not finite; then the old file stays.
+    The parts are "model" and "ema", state dicts, and others. Raises FloatingPointError if a weight
+    is not finite; then the old file stays.
     """
     if RANK > 0:
         return
-    for x in torch.utils._pytree.tree_leaves(parts):
-        if torch.is_tensor(x) and not x.isfinite().all():
+    for x in (*parts["model"].values(), *parts["ema"].values()):
+        if not x.isfinite().all():
             raise FloatingPointError(f"a weight is not finite: {path} stays as it was, lower --lr")
 
     partial = f"{path}.partial"
-    torch.save(parts | {"rng": torch.get_rng_state()}, partial)
+    torch.save(parts | {"log": log, "rng": torch.get_rng_state()}, partial)
     os.replace(partial, path)
+    with open(path.removesuffix(".pt") + ".jsonl", "w") as f:
+        f.writelines(json.dumps(row) + "\n" for row in log)
 
 
-def load(path, kinds, device="cpu"):
-    """Return the checkpoint at `path`, a dict; no code from the file runs.
+def load(path, kinds, device="cpu", bf16=False):
+    """Return (checkpoint, its averaged Denoiser, frozen); no code from the file runs.
 
-    Raises ValueError unless it is one of the kinds ("teacher", "causal", "student") and its
-    averaged weights have the shapes that its config implies.
+    Raises ValueError unless it is one of the kinds ("teacher", "causal", "student") and its weights
+    have the shapes that its config implies.
     """
     try:
         ckpt = torch.load(path, map_location=device, weights_only=True)
+        net = Denoiser(Config(**ckpt["config"])).to(device)
+        net.load_state_dict(ckpt["ema"])
         kind = ckpt["kind"]
-        with torch.device("meta"):  # shapes only
-            expected = Denoiser(Config(**ckpt["config"])).state_dict()
-        fits = shapes(ckpt["ema"]) == shapes(expected)
     except FileNotFoundError:
-        maker = "distill.py" if "student" in kinds else "train_teacher.py"
-        raise ValueError(f"{path} is not there: make it with `python {maker}`") from None
+        raise ValueError(f"{path} is not there: make a {kinds[0]} first, see README.md") from None
     except Exception as e:  # a foreign file can fail in any way
-        reason = f"{type(e).__name__}"
-        raise ValueError(f"{path} is no checkpoint of this version ({reason})") from None
+        raise ValueError(f"{path} is no checkpoint of this version: {type(e).__name__}") from None
 
-    if not fits:
-        raise ValueError(f"{path} is damaged: its weights do not have the shapes of its config")
     if kind not in kinds:
         raise ValueError(f"{path} holds a {kind}, but a {kinds[0]} is needed here")
-    return ckpt
-
-
-def shapes(state):
-    """Return {name: shape} of a state dict."""
-    return {name: x.shape for name, x in state.items()}
-
-
-def load_network(path, kinds, device="cpu", bf16=False):
-    """Return (checkpoint, its averaged Denoiser, frozen); raises as `load` does."""
-    ckpt = load(path, kinds, device)
-    net = Denoiser(Config(**ckpt["config"])).to(device)
-    net.load_state_dict(ckpt["ema"])
     net.bf16 = bf16
     return ckpt, net.eval().requires_grad_(False)
 
 
 def restore(ckpt, path, **nets):
-    """Load modules and optimisers by name, and the random numbers. Raises ValueError if one does
-    not fit, such as a moment of another shape than its weight."""
+    """Load modules and optimisers, by name, and the random numbers.
+
+    Raises ValueError if one does not fit, such as a moment of another shape than its weight.
+    """
     try:
         for name, net in nets.items():
-            state = ckpt[name]
+            net.load_state_dict(ckpt[name])
             if isinstance(net, torch.optim.Optimizer):
-                weights = [p for group in net.param_groups for p in group["params"]]
-                for i, moments in state["state"].items():
-                    for x in moments.values():
-                        if x.dim() and x.shape != weights[i].shape:
-                            raise ValueError
-            net.load_state_dict(state)
+                for p, moments in net.state.items():
+                    if any(x.dim() and x.shape != p.shape for x in moments.values()):
+                        raise ValueError
         torch.set_rng_state(ckpt["rng"].cpu())
     except Exception:
         raise ValueError(f"{path} does not fit these flags: resume with its own") from None
 
 
-def check_output(path, data, *inputs):
-    """Make the folder of `path`. Raises ValueError if writing it would change an input, or lose a
-    checkpoint of another corpus than `data`, a folder."""
-    folder = os.path.dirname(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
-    for other in (data, *inputs):
-        if os.path.realpath(other) in (os.path.realpath(path), os.path.realpath(folder)):
-            raise ValueError(f"--out {path} would be written over {other}: name another")
+def check_output(path, kinds, data):
+    """Make the folder of `path`. Raises ValueError if there is something else than a checkpoint of
+    these kinds that was trained on the corpus `data`, a folder."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     if os.path.exists(path):
-        found = load(path, ("teacher", "causal", "student"))["flags"]["data"]
-        if found != data:
-            raise ValueError(f"{path} was made from {found}: name another --out, or delete it")
+        ckpt, _ = load(path, kinds)
+        if ckpt["flags"]["data"] != data:
+            raise ValueError(f"{path} was trained on {ckpt['flags']['data']}: delete it, or name "
+                             "another --out")
 
 
-# ------------------------------------------------------------------------------- log and signals
-@contextlib.contextmanager
-def training_log(args, step, total):
-    """Yield write(row, table=False), which logs a dict of numbers and moves the bar.
-
-    The log is beside the checkpoint --out; of a run that goes on at `step` it keeps the rows up to
-    there. A table is printed as well. write raises FloatingPointError for what is not finite.
-    """
-    path = os.devnull
-    if RANK == 0:
-        path = args.out.removesuffix(".pt") + ".jsonl"
-    if args.minutes is not None:
-        total = None
-
-    with open(path, "a+" if step else "w", buffering=1) as f, \
-            tqdm(desc=args.out, total=total, initial=step, disable=RANK > 0) as bar:
-        if step and RANK == 0:
-            cut_log(f, step)
-
-        def write(row, table=False):
-            if not all(map(math.isfinite, row.values())):
-                raise FloatingPointError(f"a number is not finite at step {row['step']}: the run "
-                                         "has diverged, lower --lr")
-            f.write(json.dumps(row) + "\n")
-            text = ", ".join(f"{name} {value:.4g}" for name, value in row.items())
-            if table:
-                bar.write(text)
-            else:
-                bar.set_postfix_str(text, refresh=False)
-                bar.update()
-
-        yield write
-
-
-def cut_log(f, step):
-    """Truncate an open log before the first row that is torn or later than `step`."""
-    f.seek(0)
-    keep = 0
-    for line in iter(f.readline, ""):
-        if not line.endswith("\n") or json.loads(line)["step"] > step:
-            break
-        keep = f.tell()
-    f.truncate(keep)
-
-
+# -------------------------------------------------------------------------------- how a run ends
 def catch_signals():
     """Return the list [0], to which SIGINT, SIGTERM and SIGHUP append their number from now on, so
     that the step can end first; a second one ends the process. What is ignored stays so."""
@@ -451,21 +392,20 @@ def catch_signals():
 
 
 def run(main):
-    """Call main(), which returns the signal that ended it or 0, and exit; a user's mistake is one
-    line and code 2."""
+    """Call main(), which returns the signal that stopped it, and exit; a user's mistake is one line
+    and code 2."""
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows ?
     code = 0
     try:
         stop = main()
         if stop:
-            print("\nstopped, all is saved: go on with the same command and --resume")
+            print("stopped, all is saved: go on with the same command and --resume")
             code = 128 + stop
-        if dist.is_initialized():
-            dist.barrier()  # the first process may still be writing
-            dist.destroy_process_group()
     except KeyboardInterrupt:
         code = 130
     except (ValueError, OSError, FloatingPointError) as e:
         print(f"error: {e}", file=sys.stderr)
         code = 2
+    if dist.is_initialized():
+        dist.destroy_process_group()
     sys.exit(code)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import didi
 from data import corpus
-from model import (RATE, SIZE, Discriminator, add_device_flags, load_network, make_parser, restore,
+from model import (RATE, SIZE, Discriminator, add_device_flags, load, make_parser, restore,
                    run, setup)
 
 
@@ -110,7 +110,7 @@ def main(argv=None):
     if args.out is not None and os.path.realpath(args.out) == os.path.realpath(args.model):
         raise ValueError(f"--out {args.out} is the model: name another file")
     device, bf16 = setup(args)
-    ckpt, net = load_network(args.model, ("student", "teacher"), device, bf16)
+    ckpt, net = load(args.model, ("student", "teacher"), device, bf16)
     config, encoding = net.config, corpus.make_tokenizer(ckpt["tokenizer"])
 
     how = {"mask_id": config.mask_id, "steps": args.steps, "temperature": args.temperature}

@@ -13,18 +13,19 @@ import time
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import didi
 from data import corpus, quality
-from model import (COUNT, FRACTION, RANK, RATE, SIZE, Config, Denoiser, add_run_flags, agree,
-                   average_gradients, catch_signals, check_output, fraction_done, make_parser, parse_run,
-                   per_part, restore, run, save, setup, stored_flags, training_log, update_ema)
+from model import (COUNT, RANK, RATE, SIZE, Config, Denoiser, add_run_flags, agree, catch_signals,
+                   check_output, descend, fraction_done, log, make_parser, parse_run, per_part,
+                   restore, run, save, setup)
 
 SIZES = {
     "nano": {"n_layer": 3, "n_head": 4, "n_embd": 128, "length": 128, "batch": 64,
-             "updates": 1700, "lr": 8e-3, "warmup": 100},     # minutes on two CPU cores
+             "updates": 1700, "lr": 8e-3, "warmup": 100},      # minutes on two CPU cores
     "mini": {"n_layer": 6, "n_head": 6, "n_embd": 384, "length": 256, "batch": 256,
-             "updates": 10_000, "lr": 4e-3, "warmup": 300},   # 10 minutes of a GPU
+             "updates": 10_000, "lr": 4e-3, "warmup": 300},    # 10 minutes of a GPU
     "small": {"n_layer": 12, "n_head": 12, "n_embd": 768, "length": 1024, "batch": 512,
               "updates": 100_000, "lr": 1e-3, "warmup": 2000}}  # the paper's network
 
@@ -34,7 +35,7 @@ def parse_flags(argv=None):
     add = p.add_argument_group("data and network").add_argument
     add("--data", default=corpus.DEFAULT, help="corpus folder, see data/README.md")
     add("--causal", action="store_true", help="train the autoregressive baseline and judge instead")
-    add("--size", choices=SIZES, default="nano", help="sets the flags from here to --warmup")
+    add("--size", choices=SIZES, default="nano", help="sets the defaults of the flags below")
     add("--n_layer", type=SIZE, help="transformer blocks")
     add("--n_head", type=SIZE, help="H, attention heads")
     add("--n_embd", type=SIZE, help="D, width, a multiple of 2 H")
@@ -45,7 +46,6 @@ def parse_flags(argv=None):
     add("--updates", type=SIZE, help="optimiser steps")
     add("--lr", type=RATE, help="peak learning rate: after a warm-up, a cosine to a tenth")
     add("--warmup", type=COUNT, help="updates of linear warm-up")
-    add("--ema", type=FRACTION, default=0.995, help="decay of the weight average that is distilled")
     add("--compile", action="store_true", help="torch.compile the trunk: needs a C++ compiler")
     add_run_flags(p, out="out/teacher.pt", eval_every=425)
 
@@ -60,12 +60,14 @@ def parse_flags(argv=None):
 def causal_nll(model, x, mask_id):
     """Return -log p(x_i | x_1 .. x_{i-1}) (B, L), nats; the mask token stands before x_1."""
     z = F.pad(x[:, :-1], (1, 0), value=mask_id)
-    return F.cross_entropy(model(z).float().flatten(0, 1), x.flatten(), reduction="none").view_as(x)
+    logits = model(z).float()  # (B, L, V)
+    return F.cross_entropy(logits.transpose(1, 2), x, reduction="none")
 
 
 def bound_and_loss(model, x):
-    """Return the bound of x (B, L), nats per text token, that of the length included; the loss."""
-    mask_id, pad_id = model.config.mask_id, model.config.pad_id
+    """Return the bound of x (B, L), nats per text token, with those of its length; and the loss."""
+    mask_id = model.config.mask_id
+    pad_id = model.config.pad_id
     text = x != pad_id  # (B, L)
     if model.config.causal:  # it predicts where a text ends, so the first end counts
         counted = corpus.until_end(x, pad_id)  # (B, L)
@@ -79,25 +81,27 @@ def bound_and_loss(model, x):
 
 @torch.no_grad()
 def validate(model, data, device):
-    """Return the bound of held-out text and measures of samples, always of the same random numbers.
-    """
-    config = model.config
+    """Return the bound of held-out text and measures of samples, with fixed random numbers."""
+    L = model.config.length
+    row = {}
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(1234)
         nats = tokens = 0
-        for x in data.held_out(max(1, 2 ** 16 // config.length), config.length).split(64):
+        for x in data.held_out(max(1, 2 ** 16 // L), L).split(64):
             x = x.to(device)
-            count = (x != config.pad_id).sum()
-            nats += bound_and_loss(model, x)[0] * count
-            tokens += count
-        nelbo = (nats / tokens).item()
-        row = {"val_nelbo": nelbo, "val_ppl": math.exp(nelbo)}
+            bound, _ = bound_and_loss(model, x)
+            n = (x != model.config.pad_id).sum()
+            nats += bound * n
+            tokens += n
+        row["val_nelbo"] = (nats / tokens).item()
 
-        for steps in () if config.causal else (8, 64):
+        for steps in (8, 64):
+            if model.config.causal:
+                continue  # its samples need a loop of their own: experiments/autoregressive.py
             z = model.start(model.draw_lengths(128))
-            x, _ = didi.sample(model, z, steps, config.mask_id)
-            measures = quality.shown(x, data)
-            row |= {f"{name}@{steps}": value for name, value in measures.items()}
+            x, _ = didi.sample(model, z, steps, model.config.mask_id)
+            for name, value in quality.shown(x, data).items():
+                row[f"{name}@{steps}"] = value
     return row
 
 
@@ -105,17 +109,18 @@ def main(argv=None):
     args, ckpt = parse_flags(argv)
     data = corpus.load(args.data)
     if ckpt is None:
-        check_output(args.out, args.data)
+        check_output(args.out, ("teacher", "causal"), args.data)
     device, bf16 = setup(args)
 
-    # network, average and optimisers
-    length = args.length if data.packed else data.length
+    # the network and its average
+    L = args.length if data.packed else data.length
     V = corpus.make_tokenizer(data.tokenizer).n_vocab
-    config = Config(V, length, args.n_layer, args.n_head, args.n_embd, args.causal,
-                    not data.packed, data.framed)
+    config = Config(V, L, args.n_layer, args.n_head, args.n_embd, args.causal,
+                    pads=not data.packed, framed=data.framed)
+    torch.manual_seed(args.seed)
     model = Denoiser(config).to(device)
     model.bf16 = bf16
-    model.lengths.copy_(data.length_shares(length))
+    model.lengths.copy_(data.length_shares(L))
     average = copy.deepcopy(model)
 
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
@@ -123,10 +128,11 @@ def main(argv=None):
     # Muon's steps are scaled to be as long as AdamW's: one learning rate serves both
     muon = torch.optim.Muon(matrices, args.lr, 0.0, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(rest, args.lr, (0.9, 0.98), weight_decay=0.0, fused=True)
-    step, seconds = 0, 0.0
+    states = {"model": model, "ema": average, "muon": muon, "adamw": adamw}
+    step, seconds, rows = 0, 0.0, []
     if ckpt is not None:
-        restore(ckpt, args.out, model=model, ema=average, muon=muon, adamw=adamw)
-        step, seconds = ckpt["step"], ckpt["seconds"]
+        restore(ckpt, args.out, **states)
+        step, seconds, rows = ckpt["step"], ckpt["seconds"], ckpt["log"]
     if args.compile:
         model.trunk = torch.compile(model.trunk)
     if RANK > 0:  # every process has its own random numbers
@@ -136,41 +142,36 @@ def main(argv=None):
     came, stop = catch_signals(), 0
     begin = time.perf_counter() - seconds
     done = fraction_done(args, step, seconds)
-    with training_log(args, step, args.updates) as log:
-        while done < 1 and not stop:
-            # learning rate: linear warm-up, then a cosine to a tenth
-            warm = min((step + 1) / max(args.warmup, 1), 1)
-            lr = args.lr * warm * (0.55 + 0.45 * math.cos(math.pi * done))
+    if done == 1:
+        print(f"{args.out} has had its time: give more --updates or --minutes")
+    bar = tqdm(desc=args.out, total=args.updates, initial=step, disable=RANK > 0)
+    while done < 1 and not stop:
+        # gradient of the mean over a batch
+        for _ in range(args.accumulate):
+            x = data.batch(B, L, device)  # (B, L)
+            bound, loss = bound_and_loss(model, x)
+            (loss / args.accumulate).backward()
 
-            # gradient of the mean over a batch
-            for _ in range(args.accumulate):
-                x = data.batch(B, length, device)  # (B, L)
-                bound, loss = bound_and_loss(model, x)
-                (loss / args.accumulate).backward()
-            average_gradients(model)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        # step; the learning rate warms up, then falls to a tenth by a cosine
+        warm = min((step + 1) / max(args.warmup, 1), 1)
+        lr = args.lr * warm * (0.55 + 0.45 * math.cos(math.pi * done))
+        norm = descend(model, lr, muon, adamw)
+        didi.update_ema(average, model, min(0.995, (step + 1) / (step + 10)))
+        step += 1
 
-            # step
-            for optimizer in (muon, adamw):
-                optimizer.param_groups[0]["lr"] = lr
-                optimizer.step()
-                optimizer.zero_grad()
-            update_ema(average, model, min(args.ema, (step + 1) / (step + 10)))
-            step += 1
-
-            # log, checkpoint, table
-            seconds, stop = agree(time.perf_counter() - begin, came[-1])
-            done = fraction_done(args, step, seconds)
-            log({"step": step, "seconds": seconds, "loss": loss.item(), "nelbo": bound.item(),
-                 "norm": norm.item(), "lr": lr})
-            table = step % args.eval_every == 0 or done == 1
-            if table or stop:
-                save(args.out, kind="causal" if args.causal else "teacher", config=vars(config),
-                     tokenizer=data.tokenizer, flags=stored_flags(args), step=step,
-                     seconds=seconds, model=model.state_dict(), ema=average.state_dict(),
-                     muon=muon.state_dict(), adamw=adamw.state_dict())
-            if table and RANK == 0:
-                log({"step": step, **validate(average, data, device)}, table=True)
+        # log, table, checkpoint
+        seconds, stop = agree(time.perf_counter() - begin, came[-1])
+        done = fraction_done(args, step, seconds)
+        log(rows, bar, {"step": step, "seconds": seconds, "loss": loss.item(),
+                        "nelbo": bound.item(), "norm": norm, "lr": lr})
+        table = done == 1 or step % args.eval_every == 0
+        if table and RANK == 0:
+            log(rows, bar, {"step": step, **validate(average, data, device)}, table=True)
+        if table or stop:
+            save(args.out, rows, kind="causal" if args.causal else "teacher",
+                 config=vars(config), tokenizer=data.tokenizer, flags=vars(args), step=step,
+                 seconds=seconds, **{name: net.state_dict() for name, net in states.items()})
+    bar.close()
     return int(stop)
 
 

@@ -171,16 +171,16 @@ class Corpus:
             x[:, 0] = x[:, -1] = make_tokenizer(self.tokenizer).eot_token
         return x
 
-    def check_fits(self, path, tokenizer, config):
+    def check_fits(self, path, tokenizer, length, framed):
         """Is the network in a file one for such sequences? ValueError that says what is not."""
         fault = None
         if tokenizer != self.tokenizer:
             fault = f"{self.tokenizer} tokens for its {tokenizer}: make it again"
-        elif (config.length if config.pads else 0) != self.length:
+        elif length != self.length:
             fault = "rows of another length: make it again"
-        elif config.framed and not self.framed:
+        elif framed and not self.framed:
             fault = "no ends: make it with --framed"
-        elif self.framed and not config.framed:
+        elif self.framed and not framed:
             fault = "ends: make it without --framed"
         if fault:
             raise ValueError(f"{self.folder} does not fit {path}: it has {fault}, or name another "
