@@ -178,14 +178,6 @@ def test_forward_mask_leaves_pads_and_the_rest_as_they_are():
     assert ((z == x) | (z == HIDDEN)).all()
 
 
-def test_packed_text_has_no_pads_so_its_last_token_is_masked_too():
-    x = torch.full((1, 20000), PAD)
-
-    z = didi.forward_mask(x, 0.2, HIDDEN)
-
-    check_mean((z == HIDDEN).float().flatten(), 0.2)
-
-
 def test_low_discrepancy_times_are_one_in_each_stratum():
     t = torch.stack([didi.low_discrepancy_times(4) for _ in range(4000)])
 
@@ -289,61 +281,31 @@ def test_draw_refuses_what_is_not_a_number():
         didi.draw(log_p_x)
 
 
-def test_draws_at_gpt2s_vocabulary_have_its_law():
-    """A million draws, in groups of 37 tokens."""
-    weights = 1 / (1 + torch.randperm(50257, dtype=torch.float64))
-    law = weights / weights.sum()
-
-    drawn = didi.draw(law.log().float().expand(50, -1), 20000).flatten()
-
-    check_law(drawn // 37, torch.stack([group.sum() for group in law.split(37)]))
-
-
-def test_tails_of_1e_9_come_as_often_as_they_should():
-    """20,000 tokens of 1e-9 each at either end: Poisson of mean 20 in a million draws."""
-    tail = torch.full((20000,), 1e-9, dtype=torch.float64)
-    law = torch.cat((tail, torch.full((100,), (1 - 4e-5) / 100), tail))
-
-    drawn = didi.draw(law.log().float().expand(50, -1), 20000).flatten()
-
-    assert 1 <= (drawn < 20000).sum() <= 50  # chance 2e-9
-    assert 1 <= (drawn >= 20100).sum() <= 50
-
-
-@pytest.mark.parametrize("independent", [True, False])
-def test_ancestral_step_is_bayes_rule(independent):
-    """Marginals of q(z_s | z_t) by Bayes' rule, whether positions depend on each other or not."""
-    t, s, p = 0.8, 0.3, stutter(2)
-    if independent:
-        p = torch.outer(*torch.tensor([[0.6, 0.3, 0.1, 0.0], [0.2, 0.1, 0.7, 0.0]])).flatten()
+def bayes_step(p, t, s):
+    """Return q(z_s | z_t) (S, S) of the law p by Bayes' rule: a row for each z_t."""
     joint = (p @ noising(0, s, 2))[:, None] * noising(s, t, 2)  # (z_s, z_t)
-    bayes = (joint / joint.sum(0)).T
+    return (joint / joint.sum(0)).T
+
+
+def test_an_ancestral_step_of_independent_tokens_is_bayes_rule():
+    first, second = torch.tensor([[0.6, 0.3, 0.1, 0.0], [0.2, 0.1, 0.7, 0.0]])
+    p = torch.outer(first, second).flatten()
     start = torch.randint(0, 16, (40000,))
 
-    end, _ = didi.ancestral_step(lookup(exact_table(p, 2)), Z[2][start], t, s, MASK)
+    end, _ = didi.ancestral_step(lookup(exact_table(p, 2)), Z[2][start], 0.8, 0.3, MASK)
 
-    for i in range(2):
-        marginal = bayes @ F.one_hot(Z[2][:, i]).float()  # (z_t, V + 1)
-        check_law(start * 4 + end[:, i], marginal.flatten() / 16)
+    check_law(start * 16 + index(end), bayes_step(p, 0.8, 0.3).flatten() / 16)
 
 
-def test_an_ancestral_step_of_independent_tokens_has_the_whole_law_of_bayes_rule():
-    t, s = 0.8, 0.3
-    p = torch.outer(*torch.tensor([[0.6, 0.3, 0.1, 0.0], [0.2, 0.1, 0.7, 0.0]])).flatten()
-    joint = (p @ noising(0, s, 2))[:, None] * noising(s, t, 2)  # (z_s, z_t)
-    bayes = (joint / joint.sum(0)).T
+@pytest.mark.parametrize("i", [0, 1])
+def test_an_ancestral_step_has_the_marginals_of_bayes_rule(i):
+    p = stutter(2)
     start = torch.randint(0, 16, (40000,))
 
-    end, _ = didi.ancestral_step(lookup(exact_table(p, 2)), Z[2][start], t, s, MASK)
+    end, _ = didi.ancestral_step(lookup(exact_table(p, 2)), Z[2][start], 0.8, 0.3, MASK)
 
-    check_law(start * 16 + index(end), bayes.flatten() / 16)
-
-
-def test_a_step_without_time_reveals_nothing_and_asks_nobody():
-    z, called = didi.ancestral_step(None, masks(50, 3), 0.5, 0.5, MASK)
-
-    assert (z == MASK).all()
-    assert not called.any()
+    marginal = bayes_step(p, 0.8, 0.3) @ F.one_hot(Z[2][:, i]).float()  # (z_t, V + 1)
+    check_law(start * 4 + end[:, i], marginal.flatten() / 16)
 
 
 PROMPT = index(torch.tensor([MASK, 1, MASK]))
@@ -364,11 +326,6 @@ def test_samplers_draw_from_the_enumerated_chain(start, steps, T, weak):
         x, _, _ = didi.guided_sample(lookup(table), guide, z, steps, MASK, temperature=T, **weak)
 
     check_law(index(x), chain(table / T, torch.linspace(1, 0, steps + 1), start))
-
-
-def test_sampling_needs_a_step():
-    with pytest.raises(ValueError, match="steps"):
-        didi.sample(None, masks(1, 3), 0, MASK)
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -453,18 +410,12 @@ def test_levels_fall_from_1_to_0(K):
     assert (levels.diff(dim=0) < 0).all()
 
 
-@pytest.mark.parametrize("K", [2, 3])
-def test_tau_is_the_last_level_above_0(K):
-    levels, tau, _ = didi.draw_levels(50, K)
-
-    assert torch.equal(tau, levels[-2])
-
-
 @pytest.mark.parametrize("K", [1, 2, 3])
 def test_tau_is_uniform_below_the_level_before_and_pi_its_density(K):
     levels, tau, pi = didi.draw_levels(40000, K)
 
     above = levels[max(K - 2, 0)]
+    assert K == 1 or torch.equal(tau, levels[-2])
     check_law((tau / above * 10).long(), torch.full((10,), 0.1))
     assert torch.allclose(pi, 1 / above)
 
@@ -512,16 +463,6 @@ def test_log_prob_and_its_slope_are_those_of_the_tokens_revealed(K, keep_states)
     assert torch.allclose(log_prob, by_hand, atol=1e-5)
     assert torch.allclose(slope, slope_by_hand, atol=1e-4)
     assert log_prob[1] == 0  # nothing was to be revealed
-
-
-@pytest.mark.parametrize("keep_states", [False, True])
-def test_a_rollout_asks_once_a_step_and_keeps_what_is_visible(keep_states):
-    _, net, states, (x, _, _) = random_rollout(3, keep_states)
-
-    assert len(net.seen) == 3
-    assert (x != HIDDEN).all()
-    for before, after in zip(states[:-1], states[1:]):
-        assert torch.equal(after[before != HIDDEN], before[before != HIDDEN])
 
 
 def test_regularisers_are_the_means_over_the_masks_of_each_state():
@@ -640,14 +581,6 @@ def test_no_gradient_flows_through_the_reward():
     assert not didi.reward(logits, every(logits)).requires_grad
 
 
-def test_a_discriminator_that_knows_nothing_has_loss_ln_2():
-    logits = torch.zeros(2, 3)
-
-    loss = didi.discriminator_loss(logits, every(logits), logits, every(logits))
-
-    assert torch.isclose(loss, torch.tensor(2.0).log())
-
-
 @pytest.mark.parametrize("e", [0.0, 0.1])
 def test_the_best_discriminator_is_the_log_density_ratio(e):
     """In populations with known counts of each state, with smoothing e, the loss, convex in the
@@ -711,16 +644,6 @@ def test_advantages_have_mean_0_deviation_1_and_the_order_of_the_rewards_in_each
     assert torch.equal(A.argsort(1), r.argsort(1))
 
 
-def test_advantages_do_not_depend_on_the_scale_of_a_group():
-    r = torch.randn(8, 4)
-    moved = (torch.rand(8, 1) + 0.5) * r + torch.randn(8, 1)
-
-    A = didi.grouped_advantage(r.flatten(), 4)
-    A_moved = didi.grouped_advantage(moved.flatten(), 4)
-
-    assert torch.allclose(A, A_moved, atol=0.01)
-
-
 def test_eps_is_added_to_the_deviation():
     A = didi.grouped_advantage(torch.tensor([0.0, 2.0]), 2, eps=1.0)
 
@@ -743,37 +666,11 @@ def test_equal_rewards_have_no_advantage(G):
     assert (didi.grouped_advantage(r, G) == 0).all()
 
 
-@pytest.mark.parametrize("eps", [0.1, 1e-4])  # the default's and the paper's
-def test_rewards_equal_up_to_rounding_have_nearly_no_advantage(eps):
-    ulps = torch.randint(-2, 3, (4000,))
-    r = torch.linspace(-8, 8, 500).repeat_interleave(8) * (1 + 2 ** -23 * ulps)
-
-    assert didi.grouped_advantage(r, 8, eps=eps).abs().max() < 0.05
-
-
 # ----------------------------------------------------------------------------------- student step
 def test_the_weight_is_1_over_t_and_at_most_10():
     w = didi.weight(torch.tensor([0.001, 0.1, 0.25, 1.0]))
 
     assert torch.allclose(w, torch.tensor([10.0, 10.0, 4.0, 1.0]))
-
-
-def test_kl_and_entropy_are_those_of_torch_distributions():
-    p, q = Categorical(logits=torch.randn(5, 7)), Categorical(logits=torch.randn(5, 7))
-
-    assert torch.allclose(didi.kl(p.logits, q.logits), kl_divergence(p, q), atol=1e-6)
-    assert torch.allclose(didi.entropy(p.logits), p.entropy(), atol=1e-6)
-
-
-def test_the_policy_loss_moves_log_prob_by_weight_times_advantage():
-    log_prob = torch.tensor([-1.0, -2.0], requires_grad=True)
-    A = torch.tensor([1.0, -3.0], requires_grad=True)
-
-    loss = didi.policy_loss(log_prob, A, torch.tensor([2.0, 1.0]), length=4)
-
-    slope, of_advantage = torch.autograd.grad(loss, (log_prob, A), allow_unused=True)
-    assert slope.tolist() == [-2 / 8, 3 / 8]
-    assert of_advantage is None
 
 
 # ------------------------------------------------------------------------ the whole loop, and sign
@@ -897,33 +794,6 @@ def test_a_reranked_step_draws_from_the_enumerated_law(z):
 
     check_law(index(z_s), guided_step_law(table, guide, z, 0.9, 0.4, reranked_law))
     assert guide.rows == 2 * called.sum()
-
-
-@pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("h, M, switch", [(1.0, 1, 1.0), (0.0, 4, 0.0), (1.0, 4, 0.5)])
-def test_guidance_moves_the_true_expected_reward(h, M, switch, sign):
-    """Up, or down if it is turned round; the reward is the exact log ratio of data to samples."""
-    table = 0.3 * torch.randn(64, 3, V)
-    q = chain(table, [1, 0.75, 0.5, 0.25, 0])
-    r = ((agrees(3) @ stutter(3)) / (agrees(3) @ q)).log()  # (S,): nothing in it depends on t
-    guide = TableDiscriminator(sign * r[:, None].repeat(1, 3))
-
-    x, _, _ = didi.guided_sample(lookup(table), guide, masks(3000, 3), 4, MASK, h=h, M=M,
-                                 switch=switch)
-
-    got = r[index(x)]
-    gain = got.mean() - q[q > 0] @ r[q > 0]
-    assert sign * gain > 6 * got.std() / 3000 ** 0.5
-
-
-def test_the_guided_sampler_keeps_a_prompt():
-    z = torch.tensor([[MASK, 2, MASK]]).repeat(100, 1)
-    guide = TableDiscriminator(torch.randn(64, 3))
-
-    x, _, _ = didi.guided_sample(lookup(torch.randn(64, 3, V)), guide, z, 4, MASK)
-
-    assert (x != MASK).all()
-    assert (x[:, 1] == 2).all()
 
 
 @pytest.mark.parametrize("steps, switch, most", [
@@ -1055,18 +925,6 @@ def test_a_causal_model_gives_all_texts_together_probability_1():
     assert torch.isclose(total, torch.tensor(1.0), atol=1e-5)
 
 
-@pytest.mark.parametrize("i", [0, 1, 2])
-def test_a_causal_model_sees_the_past_alone(i):
-    net = model.Denoiser(dataclasses.replace(TEXTS, causal=True))
-    x = Z[3][(Z[3] < MASK).all(1)]
-    other = torch.where(torch.arange(3) == i, (x + 1) % V, x)
-
-    change = train_teacher.causal_nll(net, other, HIDDEN) - train_teacher.causal_nll(net, x, HIDDEN)
-
-    moved = change.abs().amax(0) > 1e-6
-    assert moved.tolist() == [position >= i for position in range(3)]
-
-
 def test_the_causal_bound_counts_the_first_end():
     net = model.Denoiser(dataclasses.replace(TEXTS, causal=True))
     x = STATES[[0, 4]]  # texts of one and of two tokens
@@ -1110,13 +968,6 @@ def test_no_sampler_and_no_rollout_moves_a_pad():
         assert (x != HIDDEN).all()
 
 
-def test_lengths_are_drawn_from_the_histogram():
-    net = model.Denoiser(TEXTS)
-    net.lengths.copy_(LENGTHS)
-
-    check_law(net.draw_lengths(20000), LENGTHS)
-
-
 def test_texts_start_as_masks_and_then_pads():
     z = model.Denoiser(TEXTS).start(torch.tensor([1, 3]))
 
@@ -1132,19 +983,12 @@ def test_packed_text_fills_its_passage_and_predicts_every_token():
     assert packed(z).shape == (6, 3, V + 1)
 
 
-def test_an_average_of_decay_9999_loses_no_update_in_float32():
-    """10,000 steps of 1e-4 against float64."""
+def test_the_average_moves_by_its_decay():
     net = model.Denoiser(CONFIG)
     average = model.Denoiser(CONFIG)
-    average.load_state_dict(net.state_dict())
-    moved = net.norm.weight.detach().double()
-    exact = start = moved.clone()
+    expected = 0.75 * average.norm.bias + 0.25 * (net.norm.bias + 1)
+    net.norm.bias.data += 1
 
-    for _ in range(10_000):
-        moved = moved + 1e-4
-        net.norm.weight.data.copy_(moved)
-        exact = 0.9999 * exact + 0.0001 * net.norm.weight.detach().double()
-        model.update_ema(average, net, 0.9999)
+    didi.update_ema(average, net, 0.75)
 
-    assert (exact - start).min() > 0.3
-    assert (average.norm.weight - exact).abs().max() < 1e-3 * (exact - start).min()
+    assert torch.allclose(average.norm.bias, expected)

@@ -7,19 +7,17 @@
 The tars are downloaded to --cache, going on where an earlier try stopped, and streamed: nothing is
 unpacked to the disk.
 """
-import contextlib
-import http.client
-import itertools
+import argparse
 import lzma
 import os
+import shutil
 import tarfile
-import urllib.error
 import urllib.request
+from http.client import HTTPException
 
 from tqdm import tqdm
 
 from data import corpus, text
-from data.command import make_parser, run_script
 
 URL = ("https://huggingface.co/datasets/Skylion007/openwebtext/resolve/"
        "b3166bc19fbae165867d7f4965dc52279d1e9f40/urlsf_subset{:02d}.tar")
@@ -27,105 +25,73 @@ SHARDS = 21
 
 
 def download(url, path):
-    """Fetch url to path unless it is there. ValueError that says what to put where, if it fails."""
-    if os.path.exists(path):
-        return
+    """Fetch url to path, going on where an earlier try stopped. Raises OSError if not all comes."""
     partial = f"{path}.partial"
-    try:
-        fetch(url, partial)
-    except (OSError, http.client.HTTPException) as e:
-        raise ValueError(f"{url} cannot be fetched ({e}): run again to go on, or put the file at "
-                         f"{path}") from None
+    with open(partial, "ab") as f:
+        request = urllib.request.Request(url, headers={"Range": f"bytes={f.tell()}-"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            if answer.status != 206:  # the whole file comes
+                f.truncate(0)
+            with tqdm.wrapattr(answer, "read", answer.length) as bar:
+                shutil.copyfileobj(bar, f)
+            if answer.length:
+                raise OSError(f"{answer.length} bytes are missing")
     os.replace(partial, path)
 
 
-def fetch(url, partial):
-    """Append to a file what it still lacks of url. OSError or HTTPException if not all comes."""
-    done = 0
-    if os.path.islink(partial):  # what it leads to stays
-        os.remove(partial)
-    if os.path.exists(partial):
-        done = os.path.getsize(partial)
-    request = urllib.request.Request(url)
-    if done:
-        request.add_header("Range", f"bytes={done}-")
-    try:
-        answer = urllib.request.urlopen(request, timeout=60)
-    except urllib.error.HTTPError as e:
-        if e.code == 416 and e.headers["Content-Range"] == f"bytes */{done}":
-            return  # killed between the last byte and the renaming
-        raise
-    with answer:
-        receive(answer, partial, done)
-
-
-def receive(answer, partial, done):
-    """Write a server's answer to the file, after its first `done` bytes if they were left out."""
-    if answer.status != 206:  # the whole file comes
-        done = 0
-    mode, length, total = "ab" if done else "wb", answer.headers["Content-Length"], None
-    if length is not None:
-        total = done + int(length)
-    name = os.path.basename(partial).removesuffix(".partial")
-    with open(partial, mode) as f, \
-            tqdm(desc=name, initial=done, total=total, unit="B", unit_scale=True) as bar:
-        while block := answer.read(1 << 20):
-            f.write(block)
-            bar.update(len(block))
-    size = os.path.getsize(partial)
-    if total is not None and size != total:
-        raise OSError(f"{size} of {total} bytes came")
-
-
-def archives(path):
-    """The compressed tars in a tar, as open files."""
-    with tarfile.open(path, "r:") as outer:
-        for member in outer:
-            if member.isfile() and member.name.endswith(".xz"):
-                yield outer.extractfile(member)
-
-
-def texts(archive):
-    """The texts in one of them."""
-    with tarfile.open(fileobj=archive, mode="r:xz") as inner:
-        for member in inner:
+def members(**where):
+    """Yield the name and the open file of each file in a tar, given as to tarfile.open."""
+    with tarfile.open(**where) as tar:
+        for member in tar:
             if member.isfile():
-                yield inner.extractfile(member).read().decode("utf-8", errors="replace")
+                yield member.name, tar.extractfile(member)
+
+
+def pages(path):
+    """Yield (text, True) of each page in the compressed tars in a tar."""
+    for name, archive in members(name=path, mode="r:"):
+        if name.endswith(".xz"):
+            for _, page in members(fileobj=archive, mode="r:xz"):
+                yield page.read().decode("utf-8", errors="replace"), True
 
 
 def documents(cache, shards):
-    """(text, True) of each document; downloads what is missing. ValueError names a damaged tar."""
+    """Yield (text, True) of each page; downloads the tars that are missing.
+
+    Raises ValueError that says how to go on if one cannot be fetched or read whole.
+    """
     os.makedirs(cache, exist_ok=True)
     for number in range(shards):
         url = URL.format(number)
         path = os.path.join(cache, os.path.basename(url))
-        download(url, path)
         try:
-            for page in itertools.chain.from_iterable(map(texts, archives(path))):
-                yield page, True
-        except (tarfile.TarError, lzma.LZMAError, EOFError) as e:
-            raise ValueError(f"{path} is damaged ({e}): delete it and run again") from None
-
-
-def prepare(folder="out/openwebtext", shards=SHARDS, cache="out/downloads", framed=False):
-    """Make the corpus of the first tars. Returns {"train": tokens, "val": ..}."""
-    pieces, made_from = text.tokenize(documents(cache, shards)), {"path": URL, "shards": shards}
-    with contextlib.closing(text.show_progress(pieces, "OpenWebText")) as shown:
-        return corpus.write(folder, shown, "text", "gpt2", 0, made_from, framed)
+            if not os.path.exists(path):
+                download(url, path)
+            yield from pages(path)
+        except (OSError, EOFError, HTTPException, tarfile.TarError, lzma.LZMAError) as e:
+            raise ValueError(f"{url} cannot be fetched or read ({e}): run again to go on; if that "
+                             f"does not help, delete {path}* or put the whole file there") from None
 
 
 def main(argv=None):
-    """The command line; argv: its words, those of the shell if None."""
-    p, add = make_parser("Download OpenWebText and make a corpus of it.")
-    add("--shards", type=int, choices=range(1, SHARDS + 1), metavar="N", default=SHARDS,
-                   help="only the first N of 21 tars")
-    add("--framed", action="store_true", help=text.FRAMED)
-    add("--out", default="out/openwebtext", help="corpus folder to make")
-    add("--cache", default="out/downloads", help="folder for the tars")
-    args = p.parse_args(argv)
-    corpus.refuse_existing(args.out)
-    text.report(args.out, prepare(args.out, args.shards, args.cache, args.framed))
+    """Run the command line argv, the shell's if None."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data.openwebtext",
+        description="Download OpenWebText and make a corpus of it.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--shards", type=int, choices=range(1, SHARDS + 1), metavar="N",
+                        default=SHARDS, help="only the first N of 21 tars")
+    parser.add_argument("--framed", action="store_true", help=text.FRAMED)
+    parser.add_argument("--out", default="out/openwebtext", help="corpus folder to make")
+    parser.add_argument("--cache", default="out/downloads", help="folder for the tars")
+    args = parser.parse_args(argv)
+
+    folder = corpus.new_folder(args.out, None)
+    pieces = text.tokenize(documents(args.cache, args.shards))
+    made_from = {"path": URL, "shards": args.shards}
+    corpus.write(folder, pieces, "text", "gpt2", 0, made_from, args.framed)
+    corpus.say_next(folder, args.framed)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    corpus.run(main)
