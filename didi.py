@@ -38,12 +38,14 @@ def alpha(t):
 
 def column(t, z):
     """Return the time t, a float or (B,), as (1, 1) or (B, 1), to go with z (B, L)."""
-    return torch.as_tensor(t, dtype=torch.float32, device=z.device).reshape(-1, 1)
+    t = torch.as_tensor(t, dtype=torch.float32, device=z.device)
+    return t.reshape(-1, 1)
 
 
 def forward_mask(x, t, mask_id, pad_id=-1):
     """Draw z_t ~ q(z_t | x): each token of x (B, L) but pads is masked with chance 1 - alpha_t."""
-    hidden = torch.rand(x.shape, device=x.device) < 1 - alpha(column(t, x))
+    u = torch.rand(x.shape, device=x.device)
+    hidden = u < 1 - alpha(column(t, x))  # (B, L)
     return x.masked_fill(hidden & (x != pad_id), mask_id)
 
 
@@ -59,7 +61,8 @@ def predict(denoiser, z, where, temperature=1.0):
 
     SUBS (arXiv 2406.07524): visible tokens are copied; the mask has no column, so is no outcome.
     """
-    return F.log_softmax(denoiser(z, where).float() / temperature, dim=-1)
+    logits = denoiser(z, where).float()
+    return F.log_softmax(logits / temperature, dim=-1)
 
 
 def nelbo(denoiser, x, mask_id, pad_id=-1, t=None):
@@ -73,9 +76,12 @@ def nelbo(denoiser, x, mask_id, pad_id=-1, t=None):
     z = forward_mask(x, t, mask_id, pad_id)
     masked = z == mask_id  # (B, L)
 
-    nll = F.cross_entropy(denoiser(z, masked).float(), x[masked], reduction="none")  # (n,)
-    weighted = nll / t[masked.nonzero()[:, 0]]  # (n,)
-    bound = weighted.sum() / (x != pad_id).sum().clamp(min=1)
+    logits = denoiser(z, masked).float()  # (n, V)
+    nll = F.cross_entropy(logits, x[masked], reduction="none")  # (n,)
+
+    row = masked.nonzero()[:, 0]  # (n,): the text of each mask
+    text_tokens = (x != pad_id).sum().clamp(min=1)
+    bound = (nll / t[row]).sum() / text_tokens
     loss = nll.sum() / max(len(nll), 1)
     return bound, loss
 
@@ -90,9 +96,12 @@ def draw(log_p_x, num=1):
     if log_p_x[:, 0].isnan().any():  # log_softmax makes a whole row NaN for one NaN or +infinity
         raise FloatingPointError("the network's output is not finite: its weights have diverged")
 
+    n, V = log_p_x.shape
     cdf = log_p_x.exp().cumsum(-1, dtype=torch.float64)
-    u = torch.rand(len(cdf), num, dtype=torch.float64, device=cdf.device) * cdf[:, -1:]
-    return torch.searchsorted(cdf, u, right=True).clamp(max=cdf.shape[1] - 1)  # first cdf > u
+    total = cdf[:, -1:]  # 1 but for rounding
+    u = torch.rand(n, num, dtype=torch.float64, device=cdf.device)
+    first_above = torch.searchsorted(cdf, u * total, right=True)
+    return first_above.clamp(max=V - 1)
 
 
 def reveal_positions(z, t, s, mask_id):
@@ -100,9 +109,11 @@ def reveal_positions(z, t, s, mask_id):
 
     That does not depend on the content, so it is drawn before the network runs: "reveal first".
     """
-    t, s = column(t, z), column(s, z)
-    chance = (alpha(s) - alpha(t)) / (1 - alpha(t))
-    return (z == mask_id) & (torch.rand(z.shape, device=z.device) < chance)
+    alpha_t = alpha(column(t, z))
+    alpha_s = alpha(column(s, z))
+    chance = (alpha_s - alpha_t) / (1 - alpha_t)
+    u = torch.rand(z.shape, device=z.device)
+    return (z == mask_id) & (u < chance)
 
 
 def ancestral_step(denoiser, z, t, s, mask_id, temperature=1.0, choose=None):
@@ -142,7 +153,7 @@ def sample(denoiser, z, steps, mask_id, temperature=1.0, on_step=None):
     masks. on_step(z_s) is called after each step.
     """
     times = time_grid(steps)
-    nfe = torch.zeros(len(z), dtype=torch.long, device=z.device)
+    nfe = torch.zeros_like(z[:, 0])
     for t, s in zip(times[:-1], times[1:]):
         z, called = ancestral_step(denoiser, z, t, s, mask_id, temperature)
         nfe += called
@@ -165,7 +176,8 @@ def draw_levels(B, K, device=None):
         levels.append(levels[-1] * u)
     tau = levels[-1]
     pi = 1 / levels[-2]
-    return torch.stack([*levels[:K], torch.zeros_like(tau)]), tau, pi
+    levels = [*levels[:K], torch.zeros_like(tau)]
+    return torch.stack(levels), tau, pi
 
 
 def rollout(student, z, levels, mask_id, keep_states=False):
@@ -189,8 +201,8 @@ def rollout(student, z, levels, mask_id, keep_states=False):
 
         token = draw(log_p_revealed.detach())  # (m, 1)
         log_p_token = log_p_revealed.gather(1, token)[:, 0]
-        text = reveal.nonzero()[:, 0]  # (m,): the row of each token
-        log_prob = log_prob.index_add(0, text, log_p_token)
+        row = reveal.nonzero()[:, 0]  # (m,): the text of each token
+        log_prob = log_prob.index_add(0, row, log_p_token)
         z = z.masked_scatter(reveal, token)
     return z, log_prob, states
 
@@ -198,8 +210,8 @@ def rollout(student, z, levels, mask_id, keep_states=False):
 # ------------------------------------------------------------------ 3. discriminator and 4. reward
 def mean_over_text(values, text):
     """Return the mean (B,) of `values` (B, L) where `text` (B, L) is True; 0 where it never is."""
-    text = text.float()
-    return (values * text).sum(1) / text.sum(1).clamp(min=1)
+    count = text.sum(1).clamp(min=1)
+    return (values * text).sum(1) / count
 
 
 def cross_entropy(logits, text, label):
@@ -222,7 +234,8 @@ def discriminator_loss(logits_ref, text_ref, logits_student, text_student, smoot
 
 def reward(logits, text, clip=8.0):
     """Return r(z) (B,), nats, detached: the mean of logits (B, L) over text, clipped."""
-    return mean_over_text(logits.detach().float(), text).clamp(-clip, clip)
+    r = mean_over_text(logits.detach().float(), text)
+    return r.clamp(-clip, clip)
 
 
 def ratio_power(r, a):
@@ -242,7 +255,8 @@ def grouped_advantage(r, G, clip=3.0, eps=1e-4):
     r = r - r[:, :1]  # so that equal rewards are 0, whatever the rounding of their mean
     centred = r - r.mean(1, keepdim=True)
     std = r.std(1, correction=0, keepdim=True)
-    return (centred / (std + eps)).clamp(-clip, clip).flatten()
+    A = centred / (std + eps)
+    return A.clamp(-clip, clip).flatten()
 
 
 # ------------------------------------------------------------------------------- 5. student step
@@ -282,7 +296,8 @@ def regularisers(states, teacher, mask_id):
 @torch.no_grad()
 def update_ema(average, student, decay):
     """Move the weights of `average` in place: average = decay * average + (1 - decay) * student."""
-    torch._foreach_lerp_(list(average.parameters()), list(student.parameters()), 1 - decay)
+    for a, p in zip(average.parameters(), student.parameters()):
+        a.lerp_(p, 1 - decay)
 
 
 # ------------------------------------------------------- reward-guided ancestral sampler (RGAS)
@@ -298,7 +313,8 @@ def tilted(z, where, log_p_x, discriminator, pad_id, h):
         logits = discriminator(shown, where, probs).float()
         r = mean_over_text(logits, z != pad_id)
         grad, = torch.autograd.grad(r.sum(), probs)
-    return z.masked_scatter(where, draw(F.log_softmax(log_p_x + h * grad, -1)))
+    tilted_log_p = F.log_softmax(log_p_x + h * grad, -1)
+    return z.masked_scatter(where, draw(tilted_log_p))
 
 
 def reranked(z, where, log_p_x, discriminator, pad_id, M):
@@ -309,29 +325,28 @@ def reranked(z, where, log_p_x, discriminator, pad_id, M):
     candidates = candidates.transpose(1, 2).reshape(B * M, L)
 
     r = reward(discriminator(candidates), candidates != pad_id, clip=math.inf)
-    choice = draw(F.log_softmax(r.view(B, M), -1))[:, 0]  # (B,)
-    return candidates.view(B, M, L)[torch.arange(B, device=z.device), choice]
+    choice = draw(F.log_softmax(r.view(B, M), -1))  # (B, 1)
+    first = torch.arange(0, B * M, M, device=z.device)  # of each text's candidates
+    return candidates[first + choice[:, 0]]
 
 
 @torch.no_grad()
-def guided_sample(denoiser, discriminator, z, steps, mask_id, pad_id=-1, h=1.0, M=4, switch=0.5,
-                  temperature=1.0, on_step=None):
+def guided_sample(denoiser, discriminator, z, steps, mask_id, pad_id=-1, temperature=1.0, h=1.0,
+                  M=4, switch=0.5, on_step=None):
     """Fill the masks of z (B, L): tilt in the first `switch` share of the steps, then re-rank.
 
     Returns x (B, L), nfe (B,) and disc_calls (B,), the discriminator's passes: 1 (with a backward
     pass) to tilt, M to re-rank.
     """
     times = time_grid(steps)
-    nfe = torch.zeros(len(z), dtype=torch.long, device=z.device)
+    nfe = torch.zeros_like(z[:, 0])
     disc_calls = torch.zeros_like(nfe)
-    guide = {"discriminator": discriminator, "pad_id": pad_id}
-
     for k in range(steps):
         if k < switch * steps:
-            choose = functools.partial(tilted, h=h, **guide)
+            choose = functools.partial(tilted, discriminator=discriminator, pad_id=pad_id, h=h)
             passes = 1
         else:
-            choose = functools.partial(reranked, M=M, **guide)
+            choose = functools.partial(reranked, discriminator=discriminator, pad_id=pad_id, M=M)
             passes = M
 
         z, called = ancestral_step(denoiser, z, times[k], times[k + 1], mask_id, temperature,

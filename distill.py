@@ -21,15 +21,23 @@ from model import (COUNT, FRACTION, RANK, RATE, SIZE, Discriminator, add_run_fla
                    catch_signals, check_output, descend, fraction_done, load, log, make_parser,
                    parse_run, per_part, restore, run, save, setup)
 
-PAPER = {"groups": 32, "G": 4, "K": 2, "w": True, "pi": True, "smoothing": 0.1, "eps": 1e-4,
-         "kl": 0.1, "entropy": 0.01, "power": 0.0, "temperature": 1.0, "reference": "teacher"}
-SCALE = PAPER | {"groups": 4, "disc_blocks": 4, "disc_warmup": 0, "lr": 1e-6, "disc_lr": 1e-5,
-                 "ema": 0.999, "updates": 10_000, "reference": "data", "eval_every": 500}
+PAPER = {
+    "groups": 32, "G": 4, "K": 2,
+    "reference": "teacher", "smoothing": 0.1,
+    "power": 0.0, "eps": 1e-4,
+    "temperature": 1.0, "w": True, "pi": True, "kl": 0.1, "entropy": 0.01,
+}
+SCALE = PAPER | {
+    "groups": 4, "updates": 10_000, "eval_every": 500,
+    "reference": "data", "disc_blocks": 4, "disc_warmup": 0,
+    "lr": 1e-6, "disc_lr": 1e-5, "ema": 0.999,
+}
 
 
 def parse_flags(argv=None):
     p = make_parser(__doc__)
     on_off = argparse.BooleanOptionalAction
+
     add = p.add_argument_group("presets; flags that are given win over them").add_argument
     add("--paper", action="store_true", help="the paper's objective")
     add("--paper_scale", action="store_true", help="that, with its settings for 169 M parameters")
@@ -71,12 +79,12 @@ def parse_flags(argv=None):
         p.set_defaults(**PAPER)
     if given.paper_scale:
         p.set_defaults(**SCALE)
-    return parse_run(p, argv, ("student",))
+    return parse_run(p, argv)
 
 
 def load_teacher(args, device, bf16):
     """Return the teacher of --teacher and the Corpus of --data, by default the teacher's own."""
-    ckpt, teacher = load(args.teacher, ("teacher",), device, bf16)
+    ckpt, teacher = load(args.teacher, "teacher", device=device, bf16=bf16)
     if args.data is None:
         args.data = ckpt["flags"]["data"]
     data = corpus.load(args.data)
@@ -90,7 +98,8 @@ def rms_of_matrices(net):
     """Return the root mean square of the weights in the blocks' matrices: AdamW moves each weight
     by about its learning rate, so that rate is set in this measure."""
     matrices = [p.flatten() for p in net.blocks.parameters() if p.dim() == 2]
-    return torch.cat(matrices).square().mean().sqrt().item()
+    weights = torch.cat(matrices)
+    return weights.square().mean().sqrt().item()
 
 
 def teacher_samples(teacher, num, B=64, steps=64):
@@ -120,8 +129,7 @@ def main(argv=None):
     args, ckpt = parse_flags(argv)
     device, bf16 = setup(args)
     teacher, data = load_teacher(args, device, bf16)
-    if ckpt is None:
-        check_output(args.out, ("student",), args.data)
+    check_output(args.out, "student", args.data)
     mask_id = teacher.config.mask_id
     pad_id = teacher.config.pad_id
     groups = per_part("groups", args)
@@ -150,7 +158,7 @@ def main(argv=None):
     nets = {"model": student, "ema": average, "disc": disc, "opt": opt, "disc_opt": disc_opt}
     step, seconds, rows = 0, 0.0, []
     if ckpt is not None:
-        restore(ckpt, args.out, **nets)
+        restore(ckpt, args.out, nets)
         step, seconds, rows = ckpt["step"], ckpt["seconds"], ckpt["log"]
     if RANK > 0:  # every process has its own random numbers
         torch.manual_seed(args.seed + 1000 * RANK + step)
@@ -224,22 +232,24 @@ def main(argv=None):
         seconds, stop = agree(time.perf_counter() - begin, came[-1])
         done = fraction_done(args, step - args.disc_warmup, seconds)
         r_ref = didi.reward(logits_ref, text_ref)
-        right = (r_ref > 0).float().mean() + (r < 0).float().mean()
+        correct = torch.cat((r_ref > 0, r < 0)).float()
+        spread = r.view(-1, G).std(1, correction=0)
         row = {"step": step, "seconds": seconds, "disc_loss": disc_loss.item(),
-               "disc_acc": right.item() / 2, "disc_norm": disc_norm, "r": r.mean().item(),
-               "spread": r.view(-1, G).std(1).mean().item()}
+               "disc_acc": correct.mean().item(), "disc_norm": disc_norm,
+               "r": r.mean().item(), "spread": spread.mean().item()}
         if moving:
             row |= {"loss": loss.item(), "norm": norm}
         if moving and regularised:
             row |= {"kl": kl.item(), "entropy": entropy.item()}
         log(rows, bar, row)
-        table = done == 1 or (moving and (step - args.disc_warmup) % args.eval_every == 0)
-        if table and RANK == 0:
-            log(rows, bar, {"step": step, **validate(average, data, device)}, table=True)
-        if table or stop:
-            save(args.out, rows, kind="student", config=vars(teacher.config),
-                 tokenizer=data.tokenizer, flags=vars(args), step=step, seconds=seconds,
-                 **{name: net.state_dict() for name, net in nets.items()})
+
+        table = moving and (step - args.disc_warmup) % args.eval_every == 0
+        if (table or done == 1) and RANK == 0:
+            row = {"step": step} | validate(average, data, device)
+            log(rows, bar, row, table=True)
+        if table or done == 1 or stop:
+            save(args.out, rows, nets, kind="student", config=vars(teacher.config),
+                 tokenizer=data.tokenizer, flags=vars(args), step=step, seconds=seconds)
     bar.close()
     return int(stop)
 

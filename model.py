@@ -165,14 +165,11 @@ class Discriminator(nn.Module):
 
 
 # ===================================================== what the scripts share, whatever the method
-class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Help that shows the defaults and keeps the docstring's lines."""
-
-
 def make_parser(doc):
-    """Return a parser that describes a script by its docstring; what it refuses is one line."""
-    return argparse.ArgumentParser(description=doc, formatter_class=Formatter,
-                                   usage=argparse.SUPPRESS)
+    """Return a parser that shows every default; what it refuses is one line."""
+    return argparse.ArgumentParser(
+        description=doc, usage=argparse.SUPPRESS,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
 
 def between(low, high, kind=float):
@@ -211,13 +208,13 @@ def add_run_flags(p, out, eval_every):
     add_device_flags(p)
 
 
-def parse_run(p, argv, kinds):
+def parse_run(p, argv):
     """Return the flags, and with --resume the checkpoint of --out, whose flags are the defaults."""
     args = p.parse_args(argv)
     if not args.resume:
         return args, None
 
-    ckpt, _ = load(args.out, kinds)
+    ckpt, _ = load(args.out)
     flags = ckpt["flags"] | {"out": args.out}
     if args.updates != p.get_default("updates"):
         flags["minutes"] = None  # a new limit wins
@@ -304,30 +301,31 @@ def log(rows, bar, row, table=False):
         bar.update()
 
 
-def save(path, log, **parts):
-    """Write a checkpoint, whole or not at all, and its log, a list of dicts, beside it as .jsonl.
+def save(path, rows, nets, **about):
+    """Write a checkpoint, whole or not at all, and its log, the rows, beside it as .jsonl.
 
-    The parts are "model" and "ema", state dicts, and others. Raises FloatingPointError if a weight
-    is not finite; then the old file stays.
+    nets are modules and optimisers by name. Raises FloatingPointError if a weight is not finite;
+    then the old file stays.
     """
     if RANK > 0:
         return
-    for x in (*parts["model"].values(), *parts["ema"].values()):
+    states = {name: net.state_dict() for name, net in nets.items()}
+    for x in (*states["model"].values(), *states["ema"].values()):
         if not x.isfinite().all():
             raise FloatingPointError(f"a weight is not finite: {path} stays as it was, lower --lr")
 
-    partial = f"{path}.partial"
-    torch.save(parts | {"log": log, "rng": torch.get_rng_state()}, partial)
-    os.replace(partial, path)
+    ckpt = about | states | {"log": rows, "rng": torch.get_rng_state()}
+    torch.save(ckpt, f"{path}.partial")
+    os.replace(f"{path}.partial", path)
     with open(path.removesuffix(".pt") + ".jsonl", "w") as f:
-        f.writelines(json.dumps(row) + "\n" for row in log)
+        f.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def load(path, kinds, device="cpu", bf16=False):
+def load(path, *kinds, device="cpu", bf16=False):
     """Return (checkpoint, its averaged Denoiser, frozen); no code from the file runs.
 
-    Raises ValueError unless it is one of the kinds ("teacher", "causal", "student") and its weights
-    have the shapes that its config implies.
+    Raises ValueError unless its weights have the shapes that its config implies, and it is of one
+    of the kinds that are given: "teacher", "causal", "student".
     """
     try:
         ckpt = torch.load(path, map_location=device, weights_only=True)
@@ -335,17 +333,17 @@ def load(path, kinds, device="cpu", bf16=False):
         net.load_state_dict(ckpt["ema"])
         kind = ckpt["kind"]
     except FileNotFoundError:
-        raise ValueError(f"{path} is not there: make a {kinds[0]} first, see README.md") from None
+        raise ValueError(f"{path} is not there: make it first, see README.md") from None
     except Exception as e:  # a foreign file can fail in any way
         raise ValueError(f"{path} is no checkpoint of this version: {type(e).__name__}") from None
 
-    if kind not in kinds:
+    if kinds and kind not in kinds:
         raise ValueError(f"{path} holds a {kind}, but a {kinds[0]} is needed here")
     net.bf16 = bf16
     return ckpt, net.eval().requires_grad_(False)
 
 
-def restore(ckpt, path, **nets):
+def restore(ckpt, path, nets):
     """Load modules and optimisers, by name, and the random numbers.
 
     Raises ValueError if one does not fit, such as a moment of another shape than its weight.
@@ -362,12 +360,14 @@ def restore(ckpt, path, **nets):
         raise ValueError(f"{path} does not fit these flags: resume with its own") from None
 
 
-def check_output(path, kinds, data):
+def check_output(path, kind, data):
     """Make the folder of `path`. Raises ValueError if there is something else than a checkpoint of
-    these kinds that was trained on the corpus `data`, a folder."""
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    this kind that was trained on the corpus `data`, a folder."""
+    folder = os.path.dirname(path)
+    if folder:
+        os.makedirs(folder, exist_ok=True)
     if os.path.exists(path):
-        ckpt, _ = load(path, kinds)
+        ckpt, _ = load(path, kind)
         if ckpt["flags"]["data"] != data:
             raise ValueError(f"{path} was trained on {ckpt['flags']['data']}: delete it, or name "
                              "another --out")

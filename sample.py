@@ -110,7 +110,7 @@ def main(argv=None):
     if args.out is not None and os.path.realpath(args.out) == os.path.realpath(args.model):
         raise ValueError(f"--out {args.out} is the model: name another file")
     device, bf16 = setup(args)
-    ckpt, net = load(args.model, ("student", "teacher"), device, bf16)
+    ckpt, net = load(args.model, "student", "teacher", device=device, bf16=bf16)
     config, encoding = net.config, corpus.make_tokenizer(ckpt["tokenizer"])
 
     how = {"mask_id": config.mask_id, "steps": args.steps, "temperature": args.temperature}
@@ -120,7 +120,7 @@ def main(argv=None):
         if "disc" not in ckpt:
             raise ValueError(f"{args.model} has no discriminator, which --sampler rgas needs")
         disc = Discriminator(net).to(device)
-        restore(ckpt, args.model, disc=disc)
+        restore(ckpt, args.model, {"disc": disc})
         how["discriminator"] = disc.eval()  # spectral norm must not go on iterating
         how["pad_id"] = config.pad_id
 

@@ -22,12 +22,19 @@ from model import (COUNT, RANK, RATE, SIZE, Config, Denoiser, add_run_flags, agr
                    restore, run, save, setup)
 
 SIZES = {
-    "nano": {"n_layer": 3, "n_head": 4, "n_embd": 128, "length": 128, "batch": 64,
-             "updates": 1700, "lr": 8e-3, "warmup": 100},      # minutes on two CPU cores
-    "mini": {"n_layer": 6, "n_head": 6, "n_embd": 384, "length": 256, "batch": 256,
-             "updates": 10_000, "lr": 4e-3, "warmup": 300},    # 10 minutes of a GPU
-    "small": {"n_layer": 12, "n_head": 12, "n_embd": 768, "length": 1024, "batch": 512,
-              "updates": 100_000, "lr": 1e-3, "warmup": 2000}}  # the paper's network
+    "nano": {  # minutes on two CPU cores
+        "n_layer": 3, "n_head": 4, "n_embd": 128, "length": 128,
+        "batch": 64, "updates": 1700, "lr": 8e-3, "warmup": 100,
+    },
+    "mini": {  # 10 minutes of a GPU
+        "n_layer": 6, "n_head": 6, "n_embd": 384, "length": 256,
+        "batch": 256, "updates": 10_000, "lr": 4e-3, "warmup": 300,
+    },
+    "small": {  # the paper's network
+        "n_layer": 12, "n_head": 12, "n_embd": 768, "length": 1024,
+        "batch": 512, "updates": 100_000, "lr": 1e-3, "warmup": 2000,
+    },
+}
 
 
 def parse_flags(argv=None):
@@ -54,7 +61,7 @@ def parse_flags(argv=None):
     p.set_defaults(**SIZES[given.size])
     if given.causal:
         p.set_defaults(out="out/causal.pt")
-    return parse_run(p, argv, ("teacher", "causal"))
+    return parse_run(p, argv)
 
 
 def causal_nll(model, x, mask_id):
@@ -87,7 +94,8 @@ def validate(model, data, device):
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(1234)
         nats = tokens = 0
-        for x in data.held_out(max(1, 2 ** 16 // L), L).split(64):
+        num = max(1, 2 ** 16 // L)
+        for x in data.held_out(num, L).split(64):
             x = x.to(device)
             bound, _ = bound_and_loss(model, x)
             n = (x != model.config.pad_id).sum()
@@ -107,16 +115,19 @@ def validate(model, data, device):
 
 def main(argv=None):
     args, ckpt = parse_flags(argv)
+    kind = "causal" if args.causal else "teacher"
     data = corpus.load(args.data)
-    if ckpt is None:
-        check_output(args.out, ("teacher", "causal"), args.data)
+    check_output(args.out, kind, args.data)
     device, bf16 = setup(args)
 
     # the network and its average
     L = args.length if data.packed else data.length
     V = corpus.make_tokenizer(data.tokenizer).n_vocab
-    config = Config(V, L, args.n_layer, args.n_head, args.n_embd, args.causal,
-                    pads=not data.packed, framed=data.framed)
+    config = Config(
+        V, L, args.n_layer, args.n_head, args.n_embd, args.causal,
+        pads=not data.packed,
+        framed=data.framed,
+    )
     torch.manual_seed(args.seed)
     model = Denoiser(config).to(device)
     model.bf16 = bf16
@@ -128,10 +139,10 @@ def main(argv=None):
     # Muon's steps are scaled to be as long as AdamW's: one learning rate serves both
     muon = torch.optim.Muon(matrices, args.lr, 0.0, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(rest, args.lr, (0.9, 0.98), weight_decay=0.0, fused=True)
-    states = {"model": model, "ema": average, "muon": muon, "adamw": adamw}
+    nets = {"model": model, "ema": average, "muon": muon, "adamw": adamw}
     step, seconds, rows = 0, 0.0, []
     if ckpt is not None:
-        restore(ckpt, args.out, **states)
+        restore(ckpt, args.out, nets)
         step, seconds, rows = ckpt["step"], ckpt["seconds"], ckpt["log"]
     if args.compile:
         model.trunk = torch.compile(model.trunk)
@@ -156,21 +167,22 @@ def main(argv=None):
         warm = min((step + 1) / max(args.warmup, 1), 1)
         lr = args.lr * warm * (0.55 + 0.45 * math.cos(math.pi * done))
         norm = descend(model, lr, muon, adamw)
-        didi.update_ema(average, model, min(0.995, (step + 1) / (step + 10)))
+        decay = min(0.995, (step + 1) / (step + 10))
+        didi.update_ema(average, model, decay)
         step += 1
 
         # log, table, checkpoint
         seconds, stop = agree(time.perf_counter() - begin, came[-1])
         done = fraction_done(args, step, seconds)
-        log(rows, bar, {"step": step, "seconds": seconds, "loss": loss.item(),
-                        "nelbo": bound.item(), "norm": norm, "lr": lr})
+        row = {"step": step, "seconds": seconds, "loss": loss.item(), "nelbo": bound.item()}
+        log(rows, bar, row | {"norm": norm, "lr": lr})
         table = done == 1 or step % args.eval_every == 0
         if table and RANK == 0:
-            log(rows, bar, {"step": step, **validate(average, data, device)}, table=True)
+            row = {"step": step} | validate(average, data, device)
+            log(rows, bar, row, table=True)
         if table or stop:
-            save(args.out, rows, kind="causal" if args.causal else "teacher",
-                 config=vars(config), tokenizer=data.tokenizer, flags=vars(args), step=step,
-                 seconds=seconds, **{name: net.state_dict() for name, net in states.items()})
+            save(args.out, rows, nets, kind=kind, config=vars(config), tokenizer=data.tokenizer,
+                 flags=vars(args), step=step, seconds=seconds)
     bar.close()
     return int(stop)
 

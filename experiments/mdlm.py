@@ -189,7 +189,7 @@ def read(path):
 # --------------------------------------------------------------------------------------- commands
 def import_teacher(args):
     """Write the network of an MDLM file as a teacher's checkpoint, and print what it is."""
-    model.check_output(args.out, ("teacher",), args.data)
+    model.check_output(args.out, "teacher", args.data)
     net = read(args.file)
     tokenizer = TOKENIZERS.get(net.config.vocab_size)
     if tokenizer is None:
@@ -204,22 +204,21 @@ def import_teacher(args):
 
     model.save(
         args.out,
-        log=[],
+        [],
+        {"model": net, "ema": net},
         kind="teacher",
         config=vars(net.config),
         tokenizer=tokenizer,
         flags={"data": args.data, "seed": 0},
         step=0,
         seconds=0.0,
-        model=net.state_dict(),
-        ema=net.state_dict(),
     )
     print(f"wrote {args.out}: distil it on {args.data}, which must be made with --framed")
 
 
 def export(args):
     """Write the average of a checkpoint as MDLM's model.safetensors, and config.json beside it."""
-    _, net = model.load(args.file, ("student", "teacher"))
+    _, net = model.load(args.file, "student", "teacher")
     config = net.config
     if config.pads:
         raise ValueError(f"{args.file} writes texts of many lengths, which MDLM cannot")

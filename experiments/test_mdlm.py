@@ -184,7 +184,7 @@ def test_the_import_makes_a_teacher():
 
     mdlm.main(["model.safetensors", "--data", "corpus"])
 
-    checkpoint, net = model.load("out/teacher.pt", ("teacher",))
+    checkpoint, net = model.load("out/teacher.pt", "teacher")
     assert compare(net, state) < 1e-4
     assert net.config == model.Config(257, L, BLOCKS, H, D, framed=True)
     assert checkpoint["tokenizer"] == "bytes"
@@ -208,8 +208,8 @@ def test_a_teacher_unfolds_into_a_file_that_imports_as_the_same():
     mdlm.main(["out/teacher.pt", "--unfold", "new/model.safetensors"])
     mdlm.main(["new/model.safetensors", "--out", "again.pt"])
 
-    first, _ = model.load("out/teacher.pt", ("teacher",))
-    again, _ = model.load("again.pt", ("teacher",))
+    first, _ = model.load("out/teacher.pt", "teacher")
+    again, _ = model.load("again.pt", "teacher")
     assert f"backbone.{QKV}" in safetensors.load_file("new/model.safetensors")
     assert again["config"] == first["config"]
     for name, tensor in first["ema"].items():

@@ -205,7 +205,7 @@ def assert_near(gradients, net):
 def test_an_update_is_the_algorithm_by_hand(update, flags):
     """The gradients of both networks, from the states that the update drew."""
     args, drawn, before, ((disc, disc_grads), (student, grads)) = update(flags)
-    _, teacher = model.load("out/teacher.pt", ("teacher",))
+    _, teacher = model.load("out/teacher.pt", "teacher")
     parts = len(before)
     assert parts == args.accumulate
     hand_disc = before[0]
@@ -256,7 +256,7 @@ def test_the_student_begins_as_the_teacher_at_a_temperature(tiny, monkeypatch, T
     distill.main([*DISTIL, "--temperature", str(T), "--out", "a.pt"])
 
     student = begun[0][0][0]
-    _, teacher = model.load("out/teacher.pt", ("teacher",))
+    _, teacher = model.load("out/teacher.pt", "teacher")
     z = teacher.start(teacher.draw_lengths(8))
     assert torch.allclose(student(z), teacher(z) / T, atol=1e-6)
 
@@ -377,7 +377,7 @@ def test_kills_leave_a_whole_checkpoint(tiny, script, flags):
         killed_after(0.02 * k, script, "--resume")
 
     assert monotone == sorted(set(monotone))
-    model.load("a.pt", ("teacher", "student"))
+    model.load("a.pt", "teacher", "student")
 
 
 @BOTH
@@ -499,7 +499,7 @@ def test_loading_runs_no_code(tiny):
     torch.save(read("out/teacher.pt") | {"step": Evil()}, "a.pt")
 
     with pytest.raises(ValueError, match="a.pt is no checkpoint"):
-        model.load("a.pt", ("teacher",))
+        model.load("a.pt", "teacher")
 
     assert not os.path.exists("executed")
     torch.load("a.pt", weights_only=False)
@@ -512,7 +512,7 @@ def test_checkpoints_of_another_kind_or_shape_are_refused(tiny, change):
     torch.save(read("out/teacher.pt") | change, "a.pt")
 
     with pytest.raises(ValueError, match="^a.pt "):
-        model.load("a.pt", ("teacher",))
+        model.load("a.pt", "teacher")
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
