@@ -428,63 +428,6 @@ def test_no_level_is_nearly_the_one_before_or_nearly_nothing():
         assert share.max() == pytest.approx(0.98)
 
 
-def random_rollout(K, keep_states, B=90):
-    """Return (the student's table, its denoiser, the states z_1, .., x of a rollout, and what the
-    rollout returned), of texts of all lengths; each row has its own levels."""
-    table = torch.randn(84, 3, V, requires_grad=True)
-    z = STATES[torch.randint(0, 84, (B,))]
-    z[:2] = STATES[[83, 20]]  # three masks, and none
-    levels, _, _ = didi.draw_levels(B, K)
-    net = lookup(table, row)
-    result = didi.rollout(net, z, levels, HIDDEN, keep_states)
-    return table, net, [*net.seen, result[0]], result
-
-
-def log_prob_by_hand(table, states):
-    """Return the sum (B,) of log p(token) over the tokens that appear from state to state."""
-    total = 0
-    for before, after in zip(states[:-1], states[1:]):
-        log_p = table[row(before)].log_softmax(-1)  # (B, L, V)
-        log_p_token = log_p.gather(2, after.clamp(max=V - 1)[..., None])[..., 0]
-        total = total + (log_p_token * (before != after)).sum(1)
-    return total
-
-
-@pytest.mark.parametrize("keep_states", [False, True])
-@pytest.mark.parametrize("K", [1, 2, 3])
-def test_log_prob_and_its_slope_are_those_of_the_tokens_revealed(K, keep_states):
-    table, _, states, (x, log_prob, _) = random_rollout(K, keep_states)
-    mix = torch.randn(len(x))
-
-    by_hand = log_prob_by_hand(table, states)
-    slope, = torch.autograd.grad(log_prob @ mix, table)
-    slope_by_hand, = torch.autograd.grad(by_hand @ mix, table)
-
-    assert torch.allclose(log_prob, by_hand, atol=1e-5)
-    assert torch.allclose(slope, slope_by_hand, atol=1e-4)
-    assert log_prob[1] == 0  # nothing was to be revealed
-
-
-def test_regularisers_are_the_means_over_the_masks_of_each_state():
-    """KL(teacher || student) and entropy by torch.distributions; values and slopes."""
-    table, _, states, (_, _, kept) = random_rollout(3, keep_states=True)
-    teacher = torch.randn(84, 3, V)
-    kls, entropies = [], []
-    for z in states[:-1]:
-        p = Categorical(logits=teacher[row(z)][z == HIDDEN])
-        q = Categorical(logits=table[row(z)][z == HIDDEN])
-        kls.append(kl_divergence(p, q).mean())
-        entropies.append(q.entropy().mean())
-
-    kl, entropy = didi.regularisers(kept, lookup(teacher, row), HIDDEN)
-
-    slope, = torch.autograd.grad(kl - 2 * entropy, table, retain_graph=True)
-    by_hand, = torch.autograd.grad(sum(kls) / 3 - 2 * sum(entropies) / 3, table)
-    assert torch.isclose(kl, sum(kls) / 3, atol=1e-5)
-    assert torch.isclose(entropy, sum(entropies) / 3, atol=1e-5)
-    assert torch.allclose(slope, by_hand, atol=1e-5)
-
-
 def test_a_state_without_masks_adds_nothing_to_the_regularisers():
     """Every mask falls in the first of two steps, so half of its mean is left."""
     table = torch.randn(16, 2, V, requires_grad=True)
