@@ -2,7 +2,6 @@
 
     python distill.py                       # out/teacher.pt -> out/student.pt, minutes on a CPU
     python distill.py --paper               # the paper's own objective, at our size
-    python distill.py --paper_scale         # its whole experiment: a teacher of experiments.mdlm
     torchrun --standalone --nproc_per_node=8 distill.py
 
 The loop in `main` is the algorithm, numbered as in the README. Left out on purpose: replay of old
@@ -27,29 +26,24 @@ PAPER = {
     "power": 0.0, "eps": 1e-4,
     "temperature": 1.0, "w": True, "pi": True, "kl": 0.1, "entropy": 0.01,
 }
-SCALE = PAPER | {
-    "groups": 4, "updates": 10_000, "eval_every": 500,
-    "reference": "data", "disc_blocks": 4, "disc_warmup": 0,
-    "lr": 1e-6, "disc_lr": 1e-5, "ema": 0.999,
-}
 
 
 def parse_flags(argv=None):
     p = make_parser(__doc__)
     on_off = argparse.BooleanOptionalAction
 
-    add = p.add_argument_group("presets; flags that are given win over them").add_argument
-    add("--paper", action="store_true", help="the paper's objective")
-    add("--paper_scale", action="store_true", help="that, with its settings for 169 M parameters")
+    add = p.add_argument_group("input").add_argument
+    add("--teacher", default="out/teacher.pt", help="checkpoint of train_teacher.py")
+    add("--data", help="corpus folder; None: the teacher's")
+    add("--paper", action="store_true",
+        help="the paper's objective: sets the defaults of the flags below")
 
     add = p.add_argument_group("1. rollout").add_argument
-    add("--teacher", default="out/teacher.pt", help="checkpoint of train_teacher.py")
     add("--groups", type=SIZE, default=16, help="groups per update")
     add("--G", type=between(2, 2 ** 20, int), default=8, help="samples per group")
     add("--K", type=SIZE, default=3, help="steps of a rollout; 1: no intermediate-state matching")
 
     add = p.add_argument_group("2. noise and 3. discriminator").add_argument
-    add("--data", help="corpus folder; None: the teacher's")
     add("--reference", choices=("data", "teacher"), default="data", help="what has label 1")
     add("--coupled", action=on_off, default=True, help="noise x at the rollout's tau; no: U(0, 1)")
     add("--smoothing", type=between(0, 0.49), default=0.0, help="e: labels are 1 - e and e")
@@ -67,8 +61,8 @@ def parse_flags(argv=None):
     add("--temperature", type=RATE, default=0.6, help="the student begins as the teacher at this")
     add("--w", action=on_off, default=False, help="weight 1/t at the level t of the reward")
     add("--pi", action=on_off, default=False, help="if coupled: divide by tau's density")
-    add("--kl", type=FRACTION, default=0.0, help="weight of KL(teacher || student), per masked token")
-    add("--entropy", type=FRACTION, default=0.0, help="weight of the entropy bonus, per masked token")
+    add("--kl", type=FRACTION, default=0.0, help="weight of KL(teacher || student), per mask")
+    add("--entropy", type=FRACTION, default=0.0, help="weight of the entropy bonus, per mask")
     add("--lr", type=RATE, help="falls to a tenth; None: 6e-4 of the teacher's RMS weight")
     add("--ema", type=FRACTION, default=0.99, help="decay of the weight average that is sampled")
     add("--updates", type=SIZE, default=300, help="updates of the student")
@@ -77,8 +71,6 @@ def parse_flags(argv=None):
     given = p.parse_args(argv)
     if given.paper:
         p.set_defaults(**PAPER)
-    if given.paper_scale:
-        p.set_defaults(**SCALE)
     return parse_run(p, argv)
 
 
@@ -102,14 +94,11 @@ def rms_of_matrices(net):
     return weights.square().mean().sqrt().item()
 
 
-def teacher_samples(teacher, num, B=64, steps=64):
-    """Return `num` texts (num, L) of the teacher in `steps` steps, B at a time."""
-    samples = []
-    for _ in tqdm(range(0, num, B), desc="teacher samples", unit="batch", disable=RANK > 0):
-        z = teacher.start(teacher.draw_lengths(B))
-        x, _ = didi.sample(teacher, z, steps, teacher.config.mask_id)
-        samples.append(x)
-    return torch.cat(samples)
+def write(net, num, steps):
+    """Return `num` texts (num, L) that a network writes in `steps` steps."""
+    z = net.start(net.draw_lengths(num))
+    x, _ = didi.sample(net, z, steps, net.config.mask_id)
+    return x
 
 
 def validate(student, data, device):
@@ -118,9 +107,8 @@ def validate(student, data, device):
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(4321)
         for steps in (4, 8, 16):
-            z = student.start(student.draw_lengths(128))
-            x, _ = didi.sample(student, z, steps, student.config.mask_id)
-            for name, value in quality.shown(x, data).items():
+            measures = quality.shown(write(student, 128, steps), data)
+            for name, value in measures.items():
                 row[f"{name}@{steps}"] = value
     return row
 
@@ -140,7 +128,8 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     pool = None
     if args.reference == "teacher":
-        pool = teacher_samples(teacher, 2048)
+        parts = tqdm(range(32), desc="teacher samples", disable=RANK > 0)
+        pool = torch.cat([write(teacher, 64, steps=64) for _ in parts])
 
     # the student and its average begin as the teacher at --temperature
     if args.lr is None:
@@ -230,7 +219,8 @@ def main(argv=None):
 
         # log, table, checkpoint
         seconds, stop = agree(time.perf_counter() - begin, came[-1])
-        done = fraction_done(args, step - args.disc_warmup, seconds)
+        updates = step - args.disc_warmup
+        done = fraction_done(args, updates, seconds)
         r_ref = didi.reward(logits_ref, text_ref)
         correct = torch.cat((r_ref > 0, r < 0)).float()
         spread = r.view(-1, G).std(1, correction=0)
@@ -243,11 +233,11 @@ def main(argv=None):
             row |= {"kl": kl.item(), "entropy": entropy.item()}
         log(rows, bar, row)
 
-        table = moving and (step - args.disc_warmup) % args.eval_every == 0
-        if (table or done == 1) and RANK == 0:
+        table = done == 1 or (moving and updates % args.eval_every == 0)
+        if table and RANK == 0:
             row = {"step": step} | validate(average, data, device)
             log(rows, bar, row, table=True)
-        if table or done == 1 or stop:
+        if table or stop:
             save(args.out, rows, nets, kind="student", config=vars(teacher.config),
                  tokenizer=data.tokenizer, flags=vars(args), step=step, seconds=seconds)
     bar.close()

@@ -37,7 +37,7 @@ def index(z):
 
 
 def lookup(table, row=index):
-    """Return a denoiser with these logits (S, L, V); its .seen lists the states that it is shown."""
+    """Return a denoiser with these logits (S, L, V); its .seen lists the states it is shown."""
     def denoiser(z, where=...):
         denoiser.seen.append(z)
         return table[row(z)][where]
@@ -51,7 +51,7 @@ def masks(n, L):
 
 
 def stutter(L):
-    """Return a law of texts (S,) whose neighbours are often equal: far from what one step writes."""
+    """Return a law of texts (S,) with often equal neighbours: far from what one step writes."""
     equal_neighbours = (Z[L][:, 1:] == Z[L][:, :-1]).sum(-1)
     zeros = (Z[L] == 0).sum(-1)
     score = 2.0 * equal_neighbours + 0.8 * zeros - 0.3 * Z[L][:, 0]
@@ -480,7 +480,7 @@ def test_a_rollout_takes_each_path_as_often_as_its_law_says(paths):
 
 
 def test_the_policy_gradient_is_the_gradient_of_the_expected_reward(paths):
-    """policy_loss on all paths, weighted by probability, against autograd of the enumerated chain."""
+    """policy_loss on all paths, weighted by probability, against the enumerated chain's gradient."""
     K, table, _, prob, log_prob, last = paths
     R = torch.randn(84)
 
