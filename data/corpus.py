@@ -322,8 +322,10 @@ def new_folder(folder, path):
 
 def say_next(folder, framed=False):
     """Print what to run next: framed text is for an imported teacher."""
-    script = "distill.py" if framed else "train_teacher.py"
-    print(f"now run: python {script} --data {folder}")
+    if framed:
+        print(f"now run: python distill.py --data {folder}")
+    else:
+        print(f"now run: python train_teacher.py --data {folder} --out {folder}.pt")
 
 
 def run(main):
