@@ -96,9 +96,11 @@ def rms_of_matrices(net):
 
 def write(net, num, steps):
     """Return `num` texts (num, L) that a network writes in `steps` steps."""
-    z = net.start(net.draw_lengths(num))
-    x, _ = didi.sample(net, z, steps, net.config.mask_id)
-    return x
+    parts = []
+    for z in net.start(net.draw_lengths(num)).split(32):
+        x, _ = didi.sample(net, z, steps, net.config.mask_id)
+        parts.append(x)
+    return torch.cat(parts)
 
 
 def validate(student, data, device):

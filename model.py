@@ -133,7 +133,7 @@ class Denoiser(nn.Module):
         return torch.multinomial(self.lengths, n, replacement=True)
 
     def start(self, lengths):
-        """Return the states (n, L) from which texts of these lengths (n,) start: masks, then pads."""
+        """Return the states (n, L) that texts of `lengths` (n,) start from: masks, then pads."""
         after = torch.arange(self.config.length, device=lengths.device) >= lengths[:, None]
         return torch.where(after, self.config.pad_id, self.config.mask_id)
 

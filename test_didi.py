@@ -480,7 +480,7 @@ def test_a_rollout_takes_each_path_as_often_as_its_law_says(paths):
 
 
 def test_the_policy_gradient_is_the_gradient_of_the_expected_reward(paths):
-    """policy_loss on all paths, weighted by probability, against the enumerated chain's gradient."""
+    """policy_loss on all paths, weighted by probability, against the enumerated gradient."""
     K, table, _, prob, log_prob, last = paths
     R = torch.randn(84)
 

@@ -1,61 +1,69 @@
 """animate.py - a GIF of three models that write side by side, in real time. Needs matplotlib.
 
-    python -m experiments.animate assets/writing.gif --teacher out/teacher.pt \
-        --student out/student.pt --causal out/causal.pt
+    python -m experiments.animate assets/writing.gif
 """
-import itertools
 import time
 
-from data import corpus, files
-from data.command import SIZE, RATE, add_device_flags, make_parser, printable, run_script, setup
+import torch
+from matplotlib.animation import FuncAnimation
+from matplotlib.figure import Figure
+
+from data import corpus
 from experiments import common
+from model import RATE, SIZE, add_device_flags, make_parser, run, setup
+from sample import printable
 
 
 def parse_flags(argv=None):
-    p, add = make_parser("Three models writing side by side, as a GIF.")
+    p = make_parser(__doc__)
+    add = p.add_argument
     add("out", help="the GIF to write")
     add("--teacher", default="out/teacher.pt", help="checkpoint of train_teacher.py")
     add("--student", default="out/student.pt", help="checkpoint of distill.py")
     add("--causal", default="out/causal.pt", help="checkpoint of train_teacher.py --causal")
     add("--lines", type=SIZE, default=10, help="texts that each model writes at once")
-    add("--seconds", type=RATE, default=12.0, help="that the slowest model takes in the GIF")
+    add("--seconds", type=RATE, default=12.0, help="what the slowest model takes in the GIF")
     add("--fps", type=SIZE, default=10, help="frames a second")
-    add_device_flags(add)
+    add_device_flags(p)
     return p.parse_args(argv)
 
 
 def as_text(ids, model):
-    """The tokens of one text up to its end, masks as dots."""
-    encoding, text = corpus.make_tokenizer(model["tokenizer"]), ""
-    for i in itertools.takewhile(lambda i: i != model["config"].pad_id, ids):
-        piece = "\u00b7"
-        if i != model["config"].mask_id:
-            piece = encoding.decode([i])
-        text += printable(piece)  # matplotlib has no sign for what can't be printed
-    return text
+    """Return the tokens of one text, a list, up to its end, with a dot for each mask."""
+    encoding = corpus.make_tokenizer(model.tokenizer)
+    text = ""
+    for token in ids:
+        if token == model.net.config.pad_id:
+            break
+        if token == model.net.config.mask_id:
+            text += "\u00b7"
+        else:
+            text += encoding.decode([token])
+    return printable(text)
 
 
-def record(model, args, steps, sampler):
-    """[(seconds since the beginning, texts)] after each step of one model, and its mean calls."""
-    frames = []
+def record(model, num, steps, seed):
+    """Return [(seconds since the beginning, texts)] after each step of a model."""
+    states = []
 
     def on_step(z):
-        frames.append((time.perf_counter() - begin, z.tolist()))
-    common.write(model, args.lines, steps, sampler, seed=args.seed)  # warm-up
+        states.append((time.perf_counter() - begin, z.tolist()))
+
+    common.write(model, num, steps)  # not timed
+    torch.manual_seed(seed)
     begin = time.perf_counter()
-    _, cost = common.write(model, args.lines, steps, sampler, seed=args.seed, on_step=on_step)
-    frames = [(when, [as_text(ids, model) for ids in z]) for when, z in frames]
-    return frames, cost["nfe"]
+    z = model.net.start(model.net.draw_lengths(num))
+    common.fill(model, z, steps, on_step=on_step)
+    return [(when, [as_text(ids, model) for ids in z]) for when, z in states]
 
 
-def paint(ax, title, frames, nfe, now):
-    """One model's texts at the second `now`."""
+def paint(ax, title, frames, now):
+    """Draw one model's texts at the second `now`."""
     ax.clear()
     ax.set_axis_off()
-    title = f"{title}: {1e3 * min(now, frames[-1][0]):.0f} ms"
-    if now >= frames[-1][0]:
-        title += f", {nfe:.0f} network calls"
-    ax.set_title(title, fontsize=9)
+    seconds = min(now, frames[-1][0])
+    ax.set_title(f"{title}: {1e3 * seconds:.0f} ms", fontsize=9)
+
     texts = []
     for when, seen in frames:
         if when <= now:
@@ -66,36 +74,35 @@ def paint(ax, title, frames, nfe, now):
 
 
 def animate(panels, args):
-    """Write the GIF of panels, [(title, frames, calls)], all slowed down by one factor."""
-    matplotlib, plt = common.pyplot()
-    slow = args.seconds / max(frames[-1][0] for _, frames, _ in panels)
-    figure, axes = plt.subplots(1, len(panels), figsize=(12, 2.6), layout="constrained")
+    """Write the GIF of panels, [(title, frames)], all slowed down by one factor."""
+    slow = args.seconds / max(frames[-1][0] for _, frames in panels)
+    figure = Figure(figsize=(12, 2.6), layout="constrained")
+    axes = figure.subplots(1, len(panels))
     figure.suptitle(f"{args.lines} lines at once, slowed down {slow:.0f} times", fontsize=9)
 
     def draw(k):
-        for ax, (title, frames, nfe) in zip(axes, panels):
-            paint(ax, title, frames, nfe, k / args.fps / slow)
+        for ax, (title, frames) in zip(axes, panels):
+            paint(ax, title, frames, k / args.fps / slow)
+
     count = int((args.seconds + 2) * args.fps)  # the last picture stays for two seconds
-    movie = matplotlib.animation.FuncAnimation(figure, draw, frames=count)
+    movie = FuncAnimation(figure, draw, frames=count)
     movie.save(args.out, writer="pillow", fps=args.fps, dpi=80)
-    plt.close(figure)
 
 
 def main(argv=None):
     args = parse_flags(argv)
-    files.check_output(args.out, args.teacher, args.student, args.causal)
-    common.pyplot()  # or say at once that it is missing
     device, bf16 = setup(args)
-    paths = {"teacher": args.teacher, "student": args.student, "autoregressive": args.causal}
-    models, panels = common.load_models(paths, device, bf16), []
-    for name, steps in (("autoregressive", None), ("teacher", 256), ("student", 8)):
-        title, sampler = f"{name}, {steps} steps", "ancestral"
-        if steps is None:
-            title, sampler = name, "autoregressive"
-        panels.append((title, *record(models[name], args, steps, sampler)))
+    paths = {"autoregressive": args.causal, "teacher": args.teacher, "student": args.student}
+    models = common.load_models(paths, device, bf16)
+
+    panels = []
+    for title, steps in (("autoregressive", None), ("teacher, 256 steps", 256),
+                         ("student, 8 steps", 8)):
+        model = models[title.split(",")[0]]
+        panels.append((title, record(model, args.lines, steps, args.seed)))
     animate(panels, args)
-    print(f"wrote {args.out}")
+    return 0
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run(main)

@@ -1,205 +1,191 @@
-"""common.py - what the experiments share: models to compare, timed sampling, results, memory.
-
-A model here is a dict {"denoiser", "config", "tokenizer" (its name), "flags"}, and of a student of
-distill.py "discriminator".
-"""
+"""common.py - what the experiments share: models to compare, timed writing, results files."""
 import json
 import math
 import os
 import platform
 import statistics
-import sys
 import time
+from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
 import didi
-from data import files
 from experiments.autoregressive import autoregress
-from model import Discriminator, load_checkpoint, restore
+from model import Denoiser, Discriminator, load, restore
+
+KINDS = {"teacher": "teacher", "student": "student", "autoregressive": "causal"}  # of checkpoints
 
 
 # ----------------------------------------------------------------------------------------- models
-def load_model(path, device, bf16, kinds=("student", "teacher", "causal")):
-    """The model in a checkpoint, frozen. ValueError if it isn't of these kinds, or damaged."""
-    ckpt, denoiser = load_checkpoint(path, kinds, device, bf16)
-    model = {"denoiser": denoiser, "config": denoiser.config, "tokenizer": ckpt["tokenizer"],
-             "flags": ckpt["flags"]}
+@dataclass
+class Model:
+    """A model to compare, frozen. Only a student of distill.py has a discriminator."""
+    net: Denoiser
+    tokenizer: str
+    flags: dict  # of its training
+    disc: Discriminator | None = None
+
+
+def load_model(path, kind, device, bf16):
+    """Return the Model in a checkpoint. Raises ValueError if it is of another kind or damaged."""
+    ckpt, net = load(path, kind, device=device, bf16=bf16)
+    model = Model(net, ckpt["tokenizer"], ckpt["flags"])
     if "disc" in ckpt:
-        discriminator = Discriminator(denoiser).to(device)
-        restore({"disc": discriminator}, ckpt, path)
-        # in eval mode, or spectral norm would go on iterating
-        model["discriminator"] = discriminator.eval().requires_grad_(False)
+        model.disc = Discriminator(net).to(device)
+        restore(ckpt, path, {"disc": model.disc})
+        model.disc.eval()  # spectral norm must not go on iterating
     return model
 
 
 def load_models(paths, device, bf16):
-    """{name: model} of {name: path}, names "teacher", "student", "autoregressive".
+    """Return {name: Model} for {name: path}; the names are those of KINDS.
 
-    Raises ValueError if they differ in their tokens or length, and so can't be compared.
+    Raises ValueError if their texts differ in tokens or length, and so cannot be compared.
     """
-    kinds = {"teacher": "teacher", "student": "student", "autoregressive": "causal"}
-    models = {name: load_model(path, device, bf16, (kinds[name],)) for name, path in paths.items()}
-    texts = {(m["tokenizer"], m["config"].pads, m["config"].length) for m in models.values()}
+    models = {}
+    texts = set()
+    for name, path in paths.items():
+        model = load_model(path, KINDS[name], device, bf16)
+        models[name] = model
+        texts.add((model.tokenizer, model.net.config.length, model.net.config.pads))
+
     if len(texts) > 1:
-        names = ", ".join(paths.values())
-        raise ValueError(f"{names} differ in tokens or length: make them all from one corpus and "
-                         "with the same --length, or name others")
+        raise ValueError(f"{', '.join(paths.values())} differ in tokens or length: name models of "
+                         "one corpus and one --length")
     return models
 
 
-# --------------------------------------------------------------------------------- timed sampling
-def penalised(denoiser, mask_id, strength):
-    """The denoiser with a frequency penalty: less `strength` for each time that a token is visible.
+# ---------------------------------------------------------------------------------- timed writing
+def penalised(net, strength):
+    """Return the denoiser with a frequency penalty: a token's logit is lower by `strength` for each
+    time that it is visible. It is a control: it needs no training."""
+    mask_id = net.config.mask_id
 
-    A control that needs no training: a claim of few steps should be better than it.
-    """
-    def constrained(z, where):
+    def denoiser(z, where):
         counts = torch.zeros(len(z), mask_id + 1, device=z.device)
         counts.scatter_add_(1, z, torch.ones_like(z, dtype=torch.float32))  # (B, V + 1)
-        logits = denoiser(z, where)  # (n, V)
-        return logits - strength * counts[where.nonzero()[:, 0], :logits.shape[1]]
-    return constrained
+        logits = net(z, where)  # (n, V)
+        text = where.nonzero()[:, 0]  # (n,)
+        return logits - strength * counts[text, :logits.shape[1]]
+    return denoiser
 
 
-def run(model, z, steps, sampler, temperature, rgas, on_step):
-    """Fill z (B, L), from `start`: x (B, L), nfe (B,), the discriminator's calls (B,)."""
-    denoiser, mask_id = model["denoiser"], model["config"].mask_id
-    if "penalty" in model:
-        denoiser = penalised(denoiser, mask_id, model["penalty"])
-    if sampler == "rgas":
-        discriminator = model["discriminator"]
-        return didi.guided_sample(denoiser, discriminator, z, steps, mask_id, *rgas, temperature)
-    if sampler == "autoregressive":
-        x, nfe = autoregress(denoiser, len(z), model["config"].pad_id, temperature, on_step)
+def fill(model, z, steps, temperature=1.0, penalty=0.0, guided=False, on_step=None):
+    """Fill the masks of z (B, L) in `steps` steps, or token after token if the model is causal.
+
+    Returns x (B, L), nfe (B,) and disc_calls (B,), the calls of both networks.
+    """
+    config = model.net.config
+    how = {"temperature": temperature, "on_step": on_step}
+    if guided:
+        return didi.guided_sample(model.net, model.disc, z, steps, config.mask_id, config.pad_id,
+                                  **how)
+
+    denoiser = model.net
+    if penalty > 0:
+        denoiser = penalised(denoiser, penalty)
+    if config.causal:
+        x, nfe = autoregress(denoiser, len(z), config.pad_id, **how)
     else:
-        x, nfe = didi.sample(denoiser, z, steps, mask_id, temperature, on_step)
+        x, nfe = didi.sample(denoiser, z, steps, config.mask_id, **how)
     return x, nfe, torch.zeros_like(nfe)
 
 
-def write(model, num, steps, sampler="ancestral", temperature=1.0, seed=0, batch=256,
-          rgas=(1.0, 4, 0.5), on_step=None, name=None):
-    """Write num texts: x (num, L) on the CPU, and {"nfe", "disc_calls", "seq_per_s"}.
+def write(model, num, steps, seed=0, batch=256, **how):
+    """Write num texts, `batch` at a time; `how` goes to `fill`.
 
-    sampler: "ancestral"; "rgas" with (h, M, switch) of didi.guided_sample; "autoregressive", which
-    has no steps. nfe and disc_calls are the means of the network calls that a sequence took.
+    Returns x (num, L), on the CPU, and {"nfe", "disc_calls", "seq_per_s"}; the first two are means.
     """
-    net, parts = model["denoiser"], []
-    batch = min(batch, net.config.at_once)
-    if not on_step:  # warm-up, not timed: the first calls set up threads, kernels and memory
-        z = net.start(net.draw_lengths(min(num, batch)))
-        run(model, z, 2, sampler, temperature, rgas, None)[0].cpu()
+    net = model.net
+    z = net.start(net.draw_lengths(min(num, batch)))
+    fill(model, z, 2, **how)  # not timed: the first calls set up threads, kernels and memory
+
     torch.manual_seed(seed)
-    z = net.start(net.draw_lengths(num))  # the length comes first
+    z = net.start(net.draw_lengths(num))
+    parts = []
     begin = time.perf_counter()
-    for part in tqdm(z.split(batch), desc=name, leave=False, delay=1, disable=bool(on_step)):
-        outputs = run(model, part, steps, sampler, temperature, rgas, on_step)
+    for part in tqdm(z.split(batch), unit="batch", leave=False, delay=2):
+        outputs = fill(model, part, steps, **how)
         parts.append([output.cpu() for output in outputs])
     seconds = time.perf_counter() - begin
-    x, nfe, calls = map(torch.cat, zip(*parts))
-    return x, {"nfe": nfe.double().mean().item(), "disc_calls": calls.double().mean().item(),
-               "seq_per_s": num / seconds}
 
-
-def process_bytes(name):
-    """What Linux says of this process under a name of /proc/self/status, such as VmSize."""
-    with open("/proc/self/status") as f:
-        lines = [line.split() for line in f if line.startswith(name)]
-    return int(lines[0][1]) * 1024
-
-
-def memory_meter(device):
-    """A function: the most memory used from now on, MiB, beyond what is in use now.
-
-    On CUDA the GPU's, on Linux the process's, elsewhere NaN.
-    """
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        return lambda: (torch.cuda.max_memory_allocated() - before) / 2 ** 20
-    if sys.platform != "linux":
-        return lambda: math.nan
-    with open("/proc/self/clear_refs", "w") as f:
-        f.write("5")  # VmHWM := VmRSS (man 5 proc)
-    before = process_bytes("VmRSS")
-    return lambda: (process_bytes("VmHWM") - before) / 2 ** 20
+    x, nfe, disc_calls = map(torch.cat, zip(*parts))
+    cost = {"nfe": nfe.double().mean().item(), "disc_calls": disc_calls.double().mean().item(),
+            "seq_per_s": num / seconds}
+    return x, cost
 
 
 # ---------------------------------------------------------------------------------------- results
-def write_json(path, content):
-    """Write a JSON file, whole or not at all. OSError if that cannot be done."""
-    with files.whole_file(path) as f:
-        json.dump(content, f, indent=1)
+def read_results(path):
+    """Return the results in a file, {label: {seed: run}}; {} if it is not there yet.
 
-
-def read_results(path, holds):
-    """A results file {label: {seed: run}}, of runs of a command that has this flag, each a dict
-    with "flags" and perhaps "rows", a list of dicts. ValueError if it is none."""
+    Raises ValueError if it holds something else.
+    """
+    if not os.path.exists(path):
+        return {}
     try:
         with open(path, encoding="utf-8") as f:
-            content = json.load(f)
-        runs = [run for seeds in content.values() for run in seeds.values()]
-        good = all(holds in run["flags"] for run in runs)
-        good = good and all(is_row(row) for run in runs for row in run.get("rows", []))
-    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
-        good = False
-    if not good:
-        raise ValueError(f"{path!r} has no results of a command with --{holds}: name another")
-    return content
+            results = json.load(f)
+        for runs in results.values():
+            for run in runs.values():
+                run["flags"]
+    except (ValueError, AttributeError, KeyError, TypeError):
+        raise ValueError(f"{path} is no results file of an experiment: name another") from None
+    return results
 
 
-def is_row(row):
-    """Is this a line of a table: a name and numbers, none beyond all bounds, of a step or more?"""
-    shown = {"row", "sampler", "examples", "flags"}  # of these only the first is looked at
-    numbers = [row[name] for name in row.keys() - shown if row[name] is not None]
-    good = all(type(x) in (int, float) and not 1e300 < abs(x) < math.inf for x in numbers)
-    return good and type(row["row"]) is str and (row.get("steps") is None or row["steps"] >= 1)
+def add_run(path, label, seed, run):
+    """Add a run, a dict with "flags", to a results file; it replaces one of that label and seed.
 
-
-def add_run(path, holds, label=None, seed=None, run=None):
-    """Add a run to a results file, made if missing. Without one only see that this can be done.
-    It takes the place of one of the same label and seed, but never of another command's.
-
-    The file is read again each time: another process may have added to it.
+    The file is written under a temporary name, so that it is whole at any moment.
     """
-    files.check_output(path, new_folder=False)
-    with files.locked(path, wait=True):
-        results = {}
-        if os.path.exists(path):
-            results = read_results(path, holds)
-        if run is not None:
-            results.setdefault(label, {})[str(seed)] = run
-        write_json(path, results)
+    results = read_results(path)
+    results.setdefault(label, {})[str(seed)] = run
+
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    partial = f"{path}.partial"
+    with open(partial, "w", encoding="utf-8") as f:
+        json.dump(results, f, indent=1)
+    os.replace(partial, path)
 
 
-def spread(values, digits=3):
-    """"mean +- standard deviation" of the values that are numbers, or "" if there are none."""
-    values = [v for v in values if isinstance(v, (int, float)) and math.isfinite(v)]
-    if not values:
+def spread(values, digits):
+    """Return "mean +- standard deviation" of the values that are numbers, or "" without one."""
+    numbers = [v for v in values if v is not None and math.isfinite(v)]
+    if not numbers:
         return ""
-    text = f"{statistics.fmean(values):.{digits}f}"
-    if len(values) > 1:
-        text += f" +- {statistics.stdev(values):.{digits}f}"
+    text = f"{statistics.fmean(numbers):.{digits}f}"
+    if len(numbers) > 1:
+        text += f" +- {statistics.stdev(numbers):.{digits}f}"
     return text
 
 
+def means(rows, columns):
+    """Return the cells of `columns`, {name: digits}, of rows that belong together: `spread`."""
+    cells = []
+    for name, digits in columns.items():
+        values = [row.get(name) for row in rows]
+        cells.append(spread(values, digits))
+    return cells
+
+
+def print_row(*cells):
+    """Print a line of a Markdown table, with nothing for None."""
+    shown = ["" if cell is None else str(cell) for cell in cells]
+    print("| " + " | ".join(shown) + " |", flush=True)
+
+
+def print_head(*names):
+    """Print the first two lines of a Markdown table."""
+    print_row(*names)
+    print("|---" * len(names) + "|")
+
+
 def hardware(device, bf16):
-    """What a result was measured on, a dict."""
+    """Return what a result was measured on, a dict."""
     name = device.type
     if name == "cuda":
         name = torch.cuda.get_device_name(device)
     return {"device": name, "cpu": platform.machine(), "cpu_count": os.cpu_count(),
             "threads": torch.get_num_threads(), "bf16": bf16, "torch": torch.__version__}
-
-
-def pyplot():
-    """matplotlib without a screen, and its pyplot. ValueError if it isn't installed."""
-    try:
-        import matplotlib.animation
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise ValueError("pictures need the package matplotlib, which is optional: "
-                         "pip install matplotlib") from None
-    return matplotlib, plt

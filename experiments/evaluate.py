@@ -1,250 +1,421 @@
-"""evaluate.py - quality against the number of steps: one table, row by row.
+"""evaluate.py - quality against the number of steps, in one table; means over seeds, and a plot.
 
-    python -m experiments.evaluate                           # teacher, student, causal in out/
-    python -m experiments.evaluate --sweep --json out/eval.json    # at 7 temperatures: long
-    python -m experiments.evaluate --rows student --student out/sdtt.pt --label sdtt ..
-    python -m experiments.table out/eval.json                # mean and spread over seeds
+    python -m experiments.evaluate                               # teacher, student, causal in out/
+    python -m experiments.evaluate --sweep --json out/eval.json  # at seven temperatures: long
+    python -m experiments.evaluate --table out/eval.json --plot out/frontier.png
 
-Measures of quality are the corpus' own (data/), and judge_ppl, the perplexity under a judge: the
-autoregressive model if there is one, or a GPT-2. Real texts come first: held-out ones, and as many
-random ones of the training split, which is what a perfect model would get. Entropy is in nats.
+Real texts come first: held-out ones, and as many of the training split, which is what a perfect
+model would get. Measures are those of data/quality.py, and judge_ppl, the perplexity per token
+under the causal model or a GPT-2. A model need only become less diverse to look better, so quality
+is compared at equal entropy, too: each model at the temperature that gives its texts that of
+held-out data.
 """
 import functools
 import math
 import os
 
+import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from data import corpus, memory
-from data.command import (FROM_1, SHARE, SIZE, WEIGHT, add_device_flags, make_parser, run_script,
-                          setup)
+from data import corpus, quality
 from experiments import common
-from experiments.table import GOALS, at_entropy, steps_to_match
+from experiments.common import means, print_head, print_row
+from model import SIZE, add_device_flags, make_parser, run, setup
 from train_teacher import causal_nll
 
-STEPS = {"teacher": (4, 8, 16, 32, 64, 256, 1024), "student": (4, 8, 16, 32),
-         "autoregressive": (None,)}
+STEPS = {"teacher": (4, 8, 16, 32, 64, 256, 1024), "student": (4, 8, 16, 32)}
 TEMPERATURES = (1.2, 1.1, 1.0, 0.9, 0.8, 0.7, 0.6)  # with --sweep, and of the teacher in 8 steps
-PENALISED = ((0.1, 0.8), (0.3, 0.6))  # frequency penalty and temperature, both models in 8 steps
-CAUSAL = "out/causal.pt"
-HEAD = ["row", "steps", "T", "nfe", "disc_calls"]
+PENALISED = ((0.1, 0.8), (0.3, 0.6))  # frequency penalty and temperature, in 8 steps
+BEGINS = 0.6  # the temperature of the teacher as which distill.py's student begins
+DIGITS = {
+    "nfe": 1, "disc_calls": 1, "valid": 3, "post": 3,
+    "judge_ppl": 2, "tv": 3, "js3": 3, "ks": 3,
+    "entropy": 3, "length": 1, "length_sd": 1,
+    "distinct": 3, "novel": 3, "rare": 3,
+    "returns": 3, "hints": 3, "methods": 3,
+    "js1": 4, "js2": 4, "low": 3, "bigram": 3, "rep4": 3}
+GOALS = {"post": 1, "judge_ppl": -1, "tv": -1, "js3": -1}  # what steps are compared by; 1: more
+LINES = (  # of the plot: label, model, steps, style
+    ("default", "teacher", 8, "C0.:"),
+    ("default", "teacher", 32, "C0.--"),
+    ("default", "teacher", 256, "C0.-"),
+    ("default", "student", 4, "C3.:"),
+    ("default", "student", 8, "C3.-"),
+    ("sdtt", "student", 8, "C1.-"),
+    ("default", "autoregressive", None, "k.-"),
+    ("default", "held-out data", None, "g*"))
 
 
 def parse_flags(argv=None):
-    p, add = make_parser("Quality against the number of steps.")
+    p = make_parser(__doc__)
+    add = p.add_argument_group("models").add_argument
     add("--teacher", default="out/teacher.pt", help="checkpoint of train_teacher.py")
     add("--student", default="out/student.pt", help="checkpoint of distill.py or experiments.sdtt")
-    add("--causal", help="of train_teacher.py --causal [out/causal.pt if there and no --judge]")
-    add("--data", help="corpus folder [the one that the model was trained on]")
-    add("--rows", choices=("all", "teacher", "student"), default="all", help="whose rows")
-    add("--steps", type=SIZE, nargs="+", help="of teacher, student, guided student [4 to 1,024]")
-    add("--sweep", action="store_true", help="steps up to 256 at all temperatures, .6 to 1.2")
-    add("--samples", type=SIZE, default=1000, help="in a row; of fewer, mostly noise")
-    add("--batch", type=FROM_1, default=256, help="B, sequences at once, at most")
+    add("--causal", default="out/causal.pt", help="of train_teacher.py --causal, if it is there")
     add("--judge", help="a GPT-2 of the package transformers instead of --causal: name or folder")
-    add("--guidance", type=WEIGHT, default=1.0, help="h, weight of the reward's gradient in rgas")
-    add("--candidates", type=SIZE, default=4, help="M, next states to choose from in rgas")
-    add("--switch", type=SHARE, default=0.5, help="share of guided steps that use the gradient")
-    add("--json", help="add the rows to this file, under --label and the training seed")
+    add("--data", help="corpus folder; None: the one that the model was trained on")
+
+    add = p.add_argument_group("rows").add_argument
+    add("--rows", choices=("all", "teacher", "student"), default="all", help="whose rows")
+    add("--steps", type=SIZE, nargs="+", help="of teacher and student; None: 4 to 1,024")
+    add("--sweep", action="store_true", help="steps up to 256 at seven temperatures")
+    add("--samples", type=SIZE, default=1000, help="texts in a row; of fewer, mostly noise")
+    add("--batch", type=SIZE, default=256, help="texts at once")
+    add("--json", help="add the rows to this file, under --label and the training's seed")
     add("--label", default="default", help="what to call the run in --json")
-    add_device_flags(add)
+
+    add = p.add_argument_group("results").add_argument
+    add("--table", help="measure nothing: print the tables of this file, made with --json")
+    add("--plot", help="with --table: draw quality against entropy, of runs with --sweep, as PNG")
+    add_device_flags(p)
     return p.parse_args(argv)
 
 
 # ---------------------------------------------------------------------------------------- the judge
 @torch.no_grad()
-def perplexity(model, parts, first):
-    """Per token, under a causal model, of parts: pairs (tokens (b, L), which count (b, L) bool).
+def perplexity(net, x, counted, first, batch):
+    """Return the perplexity per token of x (N, L), where `counted` (N, L), under a causal network
+    z -> logits that reads `first` before each text."""
+    nats = 0.0
+    for part, counts in zip(x.split(batch), counted.split(batch)):
+        nll = causal_nll(net, part, first)  # (b, L)
+        nats += nll[counts].sum().item()
+    tokens = counted.sum().item()
+    return math.exp(nats / tokens)
 
-    first: the token that stands before each sequence.
+
+def causal_judge(x, model, batch):
+    """Return the perplexity of texts x (N, L), their ends included, under a causal Model."""
+    net = model.net
+    x = x.to(net.lengths.device)
+    counted = corpus.until_end(x, net.config.pad_id)
+    return perplexity(net, x, counted, net.config.mask_id, batch)
+
+
+def gpt2_tokens(x, data):
+    """Return texts x (N, L) in GPT-2's tokens (N, L'), and which of them count (N, L') bool.
+
+    Passages in its own tokens stay as they are. Of framed ones no end counts, as in MDLM's metric,
+    and the first stands before them anyway. Other texts are decoded, and end where they end.
     """
-    nll = tokens = 0
-    for x, counts in parts:
-        nll += (causal_nll(model, x, first) * counts).sum().item()
-        tokens += counts.sum().item()
-    return math.exp(nll / tokens)
-
-
-def parts_of(x, batch, V):
-    """x (N, L) in parts of `batch` sequences, fewer if their logits over V were more than 1 GB."""
-    return x.split(max(1, min(batch, 2 ** 28 // (x.shape[1] * V))))
-
-
-def causal_judge(x, judge, batch):
-    """Perplexity of texts x (N, L), their ends included, under the autoregressive model `judge`."""
-    net = judge["denoiser"]
-    parts = [part.to(net.lengths.device) for part in parts_of(x, batch, net.config.vocab_size)]
-    counted = ((part, corpus.until_end(part, net.config.pad_id)) for part in parts)
-    return perplexity(net, counted, net.config.mask_id)
-
-
-def gpt2_tokens(x, data, encoding):
-    """Texts x (b, L) in GPT-2's tokens (b, L'), padded, and which of them count (b, L') bool.
-
-    Passages of its own tokens stay as they are; other texts are decoded, and end where they end.
-    Of framed passages no end counts, as in MDLM's metric, and the first stands before them anyway.
-    """
+    encoding = corpus.make_tokenizer("gpt2")
+    eot = encoding.eot_token
     if data.packed and data.tokenizer == "gpt2":
         if data.framed:
-            return x[:, 1:], x[:, 1:] != encoding.eot_token
+            return x[:, 1:], x[:, 1:] != eot
         return x, torch.ones_like(x, dtype=torch.bool)
-    end = [] if data.packed else [encoding.eot_token]
-    rows = [torch.tensor(encoding.encode_ordinary(text) + end) for text in data.decode(x)]
-    counts = [torch.ones(len(row), dtype=torch.bool) for row in rows]
-    x = pad_sequence(rows, batch_first=True, padding_value=encoding.eot_token)
-    return x, pad_sequence(counts, batch_first=True)
 
-
-def gpt2_judge(x, lm, data, batch, device):
-    """Perplexity of texts x (N, L) under a GPT-2 of transformers, per token of its own."""
-    encoding = corpus.make_tokenizer("gpt2")
-    parts = [gpt2_tokens(part, data, encoding) for part in parts_of(x, batch, encoding.n_vocab)]
-    counted = ((ids.to(device), counts.to(device)) for ids, counts in parts)
-    return perplexity(lambda z: lm(z).logits, counted, encoding.eot_token)
+    rows = []
+    for text in data.decode(x):
+        ids = encoding.encode_ordinary(text)
+        if not data.packed:
+            ids.append(eot)
+        rows.append(torch.tensor(ids, dtype=torch.long))
+    lengths = torch.tensor([len(row) for row in rows])
+    x = pad_sequence(rows, batch_first=True, padding_value=eot)
+    return x, torch.arange(x.shape[1]) < lengths[:, None]
 
 
 def make_judge(args, models, data, device):
-    """A function of texts (N, L), their perplexity; or None. ValueError if it can't be loaded."""
+    """Return judge(x (N, L)) -> perplexity, or None if there is none."""
     if args.judge is None:
         if "autoregressive" not in models:
+            print(f"no judge: {args.causal} is not there, make it with train_teacher.py --causal")
             return None
-        return functools.partial(causal_judge, judge=models["autoregressive"], batch=args.batch)
-    try:
-        from transformers import GPT2LMHeadModel
-    except ImportError:
-        raise ValueError("--judge needs the package transformers, which is optional: "
-                         "pip install transformers") from None
-    try:
-        lm = GPT2LMHeadModel.from_pretrained(args.judge).to(device).eval()
-    except Exception as e:  # no such folder, no network, a damaged file: each has its own
-        raise ValueError(f"--judge {args.judge!r} cannot be loaded ({type(e).__name__}): name a "
-                         "folder with a GPT-2 in it") from None
-    corpus.make_tokenizer("gpt2")  # or say at once that it cannot be had
-    return functools.partial(gpt2_judge, lm=lm, data=data, batch=args.batch, device=device)
+        return functools.partial(causal_judge, model=models["autoregressive"], batch=args.batch)
+
+    from transformers import GPT2LMHeadModel  # optional: pip install transformers
+    net = GPT2LMHeadModel.from_pretrained(args.judge).to(device).eval()
+    eot = corpus.make_tokenizer("gpt2").eot_token
+
+    def judge(x):
+        x, counted = gpt2_tokens(x, data)
+        x = x.to(device)
+        return perplexity(lambda z: net(z).logits, x, counted.to(device), eot, args.batch)
+    return judge
 
 
-# ---------------------------------------------------------------------------------------- the table
-def plan(models, sweep, L, given=None):
-    """[(row, model, steps, temperature, sampler)] for the models there are, of the steps given, or
-    at most 4 L of STEPS: the longest text has no more calls in more."""
+# ---------------------------------------------------------------------------------------- the rows
+def load(args, device, bf16):
+    """Return the models to compare and judge by, {name: Model}, and the Corpus they are for."""
+    paths = {"teacher": args.teacher, "student": args.student}
+    if args.rows != "all":
+        paths = {args.rows: paths[args.rows]}
+    first, *_ = paths
+    if args.judge is None and os.path.isfile(args.causal):
+        paths["autoregressive"] = args.causal
+    models = common.load_models(paths, device, bf16)
+
+    model = models[first]
+    if args.data is None:
+        args.data = model.flags["data"]
+    data = corpus.load(args.data)
+    config = model.net.config
+    length = config.length if config.pads else 0
+    data.check_fits(paths[first], model.tokenizer, length, config.framed)
+    return models, data
+
+
+def steps_of(name, args, L):
+    """Return the numbers of steps in which a model writes."""
+    if name == "autoregressive":
+        return [None]
+    if args.steps is not None:
+        return args.steps
+    return [steps for steps in STEPS[name] if steps <= max(256, L)]
+
+
+def plan(args, models):
+    """Return what to write, triples (name of the row, Model, arguments of common.write)."""
     rows = []
-    for name in [name for name in STEPS if name in models]:
-        sampler = "autoregressive" if name == "autoregressive" else "ancestral"
-        of_name = [steps for steps in STEPS[name] if steps is None or steps <= max(256, 4 * L)]
-        if given and name != "autoregressive":
-            of_name = given
-        for steps in of_name:
-            several = sweep and (steps or 0) <= 256 or (name, steps) == ("teacher", 8)
-            for T in TEMPERATURES if several else (1.0,):
-                rows.append((name, name, steps, T, sampler))
-    for name in [name for name in ("teacher", "student") if name in models]:
-        for strength, T in PENALISED:
-            rows.append((f"{name}, penalty {strength}", name, 8, T, strength))
-    if "discriminator" in models.get("student", ()):
-        for steps in given or (STEPS["student"] if sweep else (8,)):
-            rows.append(("student, guided", "student", steps, 1.0, "rgas"))
+    for name, model in models.items():
+        if args.rows not in ("all", name):
+            continue
+        for steps in steps_of(name, args, model.net.config.length):
+            temperatures = (1.0,)
+            if (args.sweep and steps != 1024) or (name, steps) == ("teacher", 8):
+                temperatures = TEMPERATURES
+            for T in temperatures:
+                rows.append((name, model, {"steps": steps, "temperature": T}))
+            if model.disc is not None:
+                how = {"steps": steps, "temperature": 1.0, "guided": True}
+                rows.append((f"{name}, guided", model, how))
+
+        if name != "autoregressive":
+            for penalty, T in PENALISED:
+                how = {"steps": 8, "temperature": T, "penalty": penalty}
+                rows.append((f"{name}, penalty {penalty}", model, how))
     return rows
 
 
 def measure(about, x, data, judge):
-    """The dict `about` texts x (N, L), with all that is measured of them: a row of the table."""
-    row = about | data.quality(x) | {"samples": len(x)}
+    """Return a row of the table: the dict `about` texts x (N, L), and all that is measured."""
+    row = about | quality.quality(x, data)
+    row["samples"] = len(x)
     if "valid" in row:
-        row["valid_se"] = math.sqrt(row["valid"] * (1 - row["valid"]) / len(x))
-    if judge:
+        valid = row["valid"]
+        row["valid_se"] = math.sqrt(valid * (1 - valid) / len(x))
+    if judge is not None:
         row["judge_ppl"] = judge(x)
-    if row.get("T", 1) == 1:
+    if about.get("T", 1) == 1:
         row["examples"] = data.decode(x[:4])
     return row
 
 
-def line(row, columns):
-    """One row of the table as aligned text, "-" where it has no such column."""
-    cells = []
-    for name in columns[1:]:
-        value = row.get(name)
-        if value is None:
-            value = "-"
-        elif isinstance(value, float):
-            value = f"{value:.3f}"
-        cells.append(f"{value:>{max(len(name), 6)}}")
-    return f"{row['row']:<16} " + " ".join(cells)
-
-
 def measure_all(args, models, data, judge):
-    """Print the table as it comes; returns its rows, [{"row", "steps", "T", ..}]."""
-    L, rows = next(iter(models.values()))["config"].length, []
+    """Print each row as it is measured; return them all, a list of dicts."""
+    model, *_ = models.values()
+    L = model.net.config.length
     torch.manual_seed(args.seed)
-    real = {"held-out data": data.held_out(args.samples, L),
-            "training data": data.batch(args.samples, L)}
-    for name, x in real.items():
-        rows.append(measure({"row": name}, x, data, judge))
-    names = [name for name, value in rows[0].items() if isinstance(value, float)]
-    columns = [*HEAD, *names, "seq_per_s"]
-    for row in ({name: name for name in columns}, *rows):
-        print(line(row, columns), flush=True)
-    shown = {name: model for name, model in models.items() if args.rows in ("all", name)}
-    for row, name, steps, T, sampler in plan(shown, args.sweep, L, args.steps):
-        model = models[name]
-        if isinstance(sampler, float):
-            model, sampler = model | {"penalty": sampler}, "ancestral"
-        x, cost = common.write(model, args.samples, steps, sampler, T, args.seed, args.batch,
-                               (args.guidance, args.candidates, args.switch), name=row)
-        about = {"row": row, "steps": steps, "T": T, **cost}
-        rows.append(measure(about, x, data, judge))
-        print(line(rows[-1], columns), flush=True)
+    held_out = data.held_out(args.samples, L)
+    training = data.batch(args.samples, L)
+    rows = [
+        measure({"row": "held-out data"}, held_out, data, judge),
+        measure({"row": "training data"}, training, data, judge)]
+
+    columns = measured(rows) | {"nfe": 1, "disc_calls": 1, "seq_per_s": 1}
+    print_head("row", "steps", "T", *columns)
+    for row in rows:
+        print_row(*key(row), *means([row], columns))
+
+    for name, model, how in plan(args, models):
+        x, cost = common.write(model, args.samples, seed=args.seed, batch=args.batch, **how)
+        cost |= {"row": name, "steps": how["steps"], "T": how["temperature"]}
+        row = measure(cost, x, data, judge)
+        rows.append(row)
+        print_row(*key(row), *means([row], columns))
     return rows
 
 
-def print_comparison(rows):
-    """What 8 steps of the student are worth, and the teacher's 8 at equal entropy."""
-    student, = [r for r in rows if (r["row"], r.get("steps"), r.get("T")) == ("student", 8, 1.0)]
-    print("8 steps of the student; 8 of the teacher at the student's entropy (nan: outside the "
-          "temperatures measured); for how many steps of the teacher the student's 8 stand:")
-    for column in [column for column in GOALS if column in rows[0]]:
-        teacher = at_entropy(rows, "teacher", 8, column, student["entropy"])
-        print(f"{column:>10} {student[column]:8.3f} {teacher:8.3f} "
-              f"{steps_to_match(rows, column):6.0f}")
+# -------------------------------------------------------------------- comparing the rows of a run
+def key(row):
+    """Return what a row is: (model, steps, temperature), with None where it has none."""
+    return row["row"], row.get("steps"), row.get("T")
 
 
-def load(args, device, bf16):
-    """The models to compare and judge by, {name: model}, and the Corpus. ValueError if unfit."""
-    names = ["teacher", "student"] if args.rows == "all" else [args.rows]
-    paths = {name: getattr(args, name) for name in names}
-    if args.causal is None and args.judge is None and os.path.isfile(CAUSAL):
-        args.causal = CAUSAL
-    if args.causal is not None:
-        paths["autoregressive"] = args.causal
-    models = common.load_models(paths, device, bf16)
-    model = models[names[0]]
-    folder = model["flags"]["data"] if args.data is None else args.data
-    data = corpus.load(folder)
-    data.check_fits(paths[names[0]], model["tokenizer"], model["config"])
-    return models, data
+def measured(rows, names=DIGITS):
+    """Return {name: digits} of those names that were measured in any of the rows."""
+    found = set().union(*rows)
+    return {name: DIGITS[name] for name in names if name in found}
+
+
+def at_one(rows, name, steps, column, T=1):
+    """Return `column` of a model in `steps` steps at temperature T; NaN if it is not there."""
+    for row in rows:
+        if key(row) == (name, steps, T):
+            return row.get(column, math.nan)
+    return math.nan
+
+
+def by_entropy(rows, name, steps, column):
+    """Return pairs (entropy, `column`) of a model in `steps` steps, one for each temperature."""
+    pairs = [(row["entropy"], row[column]) for row in rows
+             if key(row)[:2] == (name, steps) and column in row]
+    return sorted(pairs)
+
+
+def at_data(rows, name, steps, column):
+    """Return `column` of a model in `steps` steps at the entropy of held-out data: linear between
+    the temperatures measured, NaN outside them."""
+    pairs = by_entropy(rows, name, steps, column)
+    if not pairs:
+        return math.nan
+    entropy = at_one(rows, "held-out data", None, "entropy", None)
+    return float(np.interp(entropy, *zip(*pairs), left=math.nan, right=math.nan))
+
+
+def untrained(rows, name, steps, column):
+    """Return `at_one`, but with the teacher at BEGINS in the student's place: a control."""
+    if name == "student":
+        return at_one(rows, "teacher", steps, column, BEGINS)
+    return at_one(rows, name, steps, column)
+
+
+def steps_to_match(rows, column, student_steps, value=at_one):
+    """Return how many steps the teacher needs for the student's `column` in `student_steps`.
+
+    value(rows, name, steps, column) is `at_one`, `at_data` or `untrained`. Linear in log steps. The
+    fewest steps measured mean at most those; inf: more than the most; NaN: unknown.
+    """
+    sign = GOALS[column]  # so that more is better
+    goal = sign * value(rows, "student", student_steps, column)
+    steps = sorted({row["steps"] for row in rows if row["row"] == "teacher"})
+    values = [sign * value(rows, "teacher", n, column) for n in steps]
+
+    for k, reached in enumerate(values):
+        if reached >= goal:
+            if k == 0:
+                return steps[0]
+            below = values[k - 1]
+            way = (goal - below) / (reached - below)
+            return steps[k - 1] * (steps[k] / steps[k - 1]) ** way
+    if not values or math.isnan(goal + values[-1]):
+        return math.nan
+    return math.inf
+
+
+# --------------------------------------------------------------------------------------- the tables
+def all_rows(results):
+    """Return the rows of all runs of {label: {seed: run}}, a list."""
+    rows = []
+    for runs in results.values():
+        for run in runs.values():
+            rows += run.get("rows", [])
+    return rows
+
+
+def print_means(results):
+    """Print the mean +- standard deviation over seeds of each row; of a sweep only those at T 1."""
+    columns = measured(all_rows(results))
+    print_head("run", "seeds", "row", "steps", "T", *columns)
+    for label, runs in results.items():
+        groups = {}  # rows of different seeds belong together if their keys are the same
+        for run in runs.values():
+            for row in run["rows"]:
+                groups.setdefault(key(row), []).append(row)
+
+        for (name, steps, T), rows in groups.items():
+            control = "penalty" in name or (name, steps) == ("teacher", 8)
+            if control or T in (None, 1):
+                print_row(label, len(rows), name, steps, T, *means(rows, columns))
+
+
+def print_worth(results):
+    """Print how many of the teacher's steps the student's are worth, by each measure."""
+    print("\nWhat the student's steps are worth in teacher's steps, both at temperature 1 (by "
+          "seed; inf: more than were measured),\nor both at the entropy of held-out data; "
+          f"untrained: what the teacher's own at temperature {BEGINS} are worth:\n")
+    pairs = [(name, steps) for steps in (4, 8, 16) for name in GOALS]
+    print_head("run", *[f"{name} @{steps}" for name, steps in pairs])
+
+    ways = {"": at_one, ", equal entropy": at_data, ", untrained": untrained}
+    for label, runs in results.items():
+        for way, value in ways.items():
+            cells = []
+            for name, steps in pairs:
+                worth = [steps_to_match(run["rows"], name, steps, value) for run in runs.values()]
+                cells.append(" ".join(f"{n:.0f}" for n in worth))
+            if set(" ".join(cells).split()) != {"nan"}:
+                print_row(label + way, *cells)
+
+
+def print_equal_entropy(results):
+    """Print each model whose temperatures reach the entropy of held-out data, at that entropy."""
+    print("\nAt the entropy of held-out data (seeds: those that reach it):\n")
+    columns = measured(all_rows(results), GOALS)
+    print_head("run", "seeds", "model", "steps", *columns)
+
+    for label, runs in results.items():
+        models = dict.fromkeys(key(row)[:2] for row in all_rows({label: runs}))
+        for name, steps in models:
+            rows = []
+            for run in runs.values():
+                row = {column: at_data(run["rows"], name, steps, column) for column in columns}
+                if any(map(math.isfinite, row.values())):
+                    rows.append(row)
+            if rows:
+                print_row(label, len(rows), name, steps, *means(rows, columns))
+
+
+# ----------------------------------------------------------------------------------------- the plot
+def plot(results, path):
+    """Draw quality against entropy: a line is one model in some steps at several temperatures."""
+    from matplotlib.figure import Figure  # optional: pip install matplotlib
+
+    columns = measured(all_rows(results), GOALS)
+    figure = Figure(figsize=(5 * len(columns), 4.5), layout="constrained")
+    axes = figure.subplots(1, len(columns), squeeze=False)[0]
+    for ax, column in zip(axes, columns):
+        for label, name, steps, style in LINES:
+            for run in results.get(label, {}).values():
+                pairs = by_entropy(run["rows"], name, steps, column)
+                if pairs:
+                    text = f"{label}: {name}, {steps}".removesuffix(", None")
+                    ax.plot(*zip(*pairs), style, label=text)
+        ax.set(xlabel="unigram entropy within a text, nats", ylabel=column)
+    axes[-1].legend(title="run: model, steps", fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def print_tables(path, plot_path):
+    """Print all tables of a results file, and draw the plot, if it has a path."""
+    results = common.read_results(path)
+    if not all_rows(results):
+        raise ValueError(f"{path} has no rows of an evaluation: make it with --json")
+    print_means(results)
+    print_worth(results)
+    print_equal_entropy(results)
+    if plot_path is not None:
+        plot(results, plot_path)
 
 
 def main(argv=None):
     args = parse_flags(argv)
-    if args.json:
-        common.add_run(args.json, "sweep")  # unwritable: must not show after minutes of work
+    if args.table is not None:
+        print_tables(args.table, args.plot)
+        return 0
+
+    if args.json is not None:
+        common.read_results(args.json)  # says now, not after minutes, if it is something else
     device, bf16 = setup(args)
     models, data = load(args, device, bf16)
-    config = next(iter(models.values()))["config"]
-    memory.check(config, device, 0, args.samples, 16, "--samples")
     judge = make_judge(args, models, data, device)
-    if judge is None:
-        print("no judge: make one with `python train_teacher.py --causal`")
     rows = measure_all(args, models, data, judge)
-    if args.rows == "all" and 8 in (args.steps or (8,)):
-        print_comparison(rows)
-    if args.json:
-        flags = {name: model["flags"] for name, model in models.items()}
-        trained = flags["teacher" if args.rows == "teacher" else "student"]
-        run = {"rows": rows, "training": flags, "hardware": common.hardware(device, bf16),
-               "flags": vars(args)}
-        common.add_run(args.json, "sweep", args.label, trained["seed"], run)
+
+    flags = {name: model.flags for name, model in models.items()}
+    trained = "student"
+    if args.rows == "teacher":
+        trained = "teacher"
+    seed = flags[trained]["seed"]
+    result = {"rows": rows, "training": flags, "hardware": common.hardware(device, bf16),
+              "flags": vars(args)}
+    if args.json is not None:
+        common.add_run(args.json, args.label, seed, result)
+    print_worth({args.label: {seed: result}})
+    print_equal_entropy({args.label: {seed: result}})
+    return 0
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run(main)

@@ -23,7 +23,7 @@ shift
 results=out/results out=out/gpu
 # How large: the paper's network, its batch in parts, the smaller one for 9 minutes, the default.
 small="--size small" parts=16 mini="--size mini" default="" distil=$DISTIL measured=1000
-tokenizer=gpt2 samples=256 device="--device cuda" seeds=${SEEDS:-0 1}
+tokenizer=gpt2 samples=256 device="--device cuda" seeds=${SEEDS:-0 1} times=""
 read -r for_teacher for_judge for_student <<< "${MINUTES:-9 5 8}"
 if [ -n "$TOY" ]; then
     results=out/toy_results out=out/toy_gpu
@@ -31,7 +31,7 @@ if [ -n "$TOY" ]; then
     mini="--n_layer 1 --n_head 2 --n_embd 32 --length 32 --batch 16"
     default="--updates 4" distil="--updates 4 --disc_warmup 2 --groups 2"
     tokenizer=bytes samples=8 measured=8 device="--device cpu"
-    for_teacher=.1 for_judge=.1 for_student=.1
+    for_teacher=.1 for_judge=.1 for_student=.1 times="--times 2"
 fi
 corpus=$out/$(basename "$file")
 mkdir -p $results $out
@@ -42,10 +42,10 @@ prepare() {
     fi
 }
 
-# Those for a GPU; the others, which hide it, are the README's second command. If one fails the
-# rest is measured all the same, and this script fails at its end.
+# Those for a GPU; the others are the README's second command. If one fails the rest is measured all
+# the same, and this script fails at its end.
 tests() {
-    ON_A_GPU=yes python -m pytest -q -rs experiments/test_gpu.py | tee $results/gpu_tests.txt ||
+    python -m pytest -q -rs experiments/test_gpu.py | tee $results/gpu_tests.txt ||
         failed=1
 }
 
@@ -56,7 +56,7 @@ default() {
         time python distill.py $device $distil --seed $s --teacher $out/$s/teacher.pt \
             --out $out/$s/student.pt
     done
-    bench="python -m experiments.bench $device --json $results/gpu_bench.json"
+    bench="python -m experiments.bench $device $times --json $results/gpu_bench.json"
     $bench training --label nano
     $bench distillation --label nano_update --teacher $out/${seeds%% *}/teacher.pt
 }
@@ -69,19 +69,20 @@ judge() {
         python -m experiments.evaluate $device $models --samples $measured \
             --json $results/gpu_nano.json --label gpu
     done
-    python -m experiments.table $results/gpu_nano.json | tee $results/gpu_nano.txt
+    python -m experiments.evaluate --table $results/gpu_nano.json | tee $results/gpu_nano.txt
 }
 
-# A training step and an update of the paper's network: tokens/s, share of the GPU's peak, memory.
-# The aim is .45 of the peak. The update needs a teacher; how good it is doesn't matter.
+# A training step and an update of the paper's network: time and tokens/s. The update needs a
+# teacher; how good it is doesn't matter.
 speed() {
     prepare
     bench="python -m experiments.bench $device --times 8 --json $results/gpu_bench.json"
-    $bench training --label training --data "$corpus" $small --accumulate $parts
+    $bench training --label training --flags="--data $corpus $small --accumulate $parts"
     python train_teacher.py $device --data "$corpus" $small --batch 32 --updates 1 \
         --out $out/small.pt
-    $bench distillation --label paper_scale --teacher $out/small.pt --paper_scale
-    $bench distillation --label default --teacher $out/small.pt --groups 2
+    $bench distillation --label paper_scale --teacher $out/small.pt \
+        --flags="--paper --reference data --groups 4 --disc_blocks 4"
+    $bench distillation --label default --teacher $out/small.pt --flags="--groups 2"
     if [ -z "$TOY" ]; then  # it has one size
         $bench sampler --label sampler
     fi
@@ -102,7 +103,7 @@ text() {
     python sample.py $device --model $out/text.pt --steps 256 --num 3 >> $results/gpu_samples.txt
     python -m experiments.evaluate $device $models --sweep --samples $samples \
         --json $results/gpu_text.json --label text
-    python -m experiments.table $results/gpu_text.json | tee $results/gpu_text.txt
+    python -m experiments.evaluate --table $results/gpu_text.json | tee $results/gpu_text.txt
     python -m experiments.bench $device models $models --json $results/gpu_bench.json --label models
 }
 

@@ -1,11 +1,9 @@
 #!/usr/bin/env bash
 # reproduce.sh - make every file of experiments/results/, and the pictures in assets/, again.
 #
-#     bash experiments/reproduce.sh signatures                       # 8 hours on two cores
+#     bash experiments/reproduce.sh signatures                       # 7 hours on two cores
 #     bash experiments/reproduce.sh text wikinews.train.txt.xz       # 80 minutes
-#     bash experiments/reproduce.sh text_speed wikinews.train.txt.xz # a minute
 #     bash experiments/reproduce.sh proteins cath_S40.fa.xz          # half an hour
-#     bash experiments/reproduce.sh prepare enwiki.txt               # 10 seconds
 #     bash experiments/reproduce.sh first_run                        # 8 minutes
 #
 # Everything is written to out/results first, so that what is in git stays whole until it is done:
@@ -33,10 +31,8 @@ import sys
 for path in sys.argv[1:]:
     with open(path) as f:
         log = [json.loads(line) for line in f]
-    wanted = {"kl", "nelbo"}  # without tables and warm-up
-    rows = [row for row in log if wanted & row.keys()][-280:]
-    names = ("disc_acc", "r_student", "spread", "norm", "kl", "nelbo")
-    names = [name for name in names if name in rows[-1]]
+    rows = [row for row in log if "seconds" in row][-280:]  # the others are tables
+    names = [name for name in rows[-1] if name not in ("step", "seconds")]
     means = {name: round(sum(row[name] for row in rows) / len(rows), 3) for name in names}
     print(f"{path}: {rows[-1]['seconds'] / 60:.1f} minutes; last {len(rows)} rows: {means}")
     for table in [row for row in log if "seconds" not in row][-1:]:
@@ -90,48 +86,20 @@ ablation() {
         --causal out/0/causal.pt
 }
 
-# Learning rates in the measure of the teacher's weights and fixed ones, for teachers with smaller
-# weights than the default's: trained for less, and wider. An hour.
-rates() {
-    export OMP_NUM_THREADS=1
-    python train_teacher.py --updates 150 --out out/short/teacher.pt
-    python train_teacher.py --n_embd 384 --n_head 6 --lr 4e-3 --updates 300 \
-        --out out/wide/teacher.pt
-    # the default when these were measured
-    before="--temperature 1 --power 0 --no-coupled --reference teacher"
-    for t in short wide; do
-        slower=8.3e-5  # for the discriminator, then three times the student's
-        if [ $t = wide ]; then
-            slower=5.8e-5
-        fi
-        distil="python distill.py --groups 8 --teacher out/$t/teacher.pt --out out/$t"
-        measure="python -m experiments.evaluate --samples 500 --json $results/rates.json"
-        measure="$measure --teacher out/$t/teacher.pt --causal out/0/causal.pt"
-        $distil/fixed.pt $before --lr 1e-4 --disc_lr 3e-4
-        $measure --student out/$t/fixed.pt --rows student --label "$t, fixed rates"
-        $distil/student.pt $before --disc_lr $slower
-        $measure --student out/$t/student.pt --label $t
-        $distil/default.pt
-        $measure --student out/$t/default.pt --rows student --label "$t, default"
-    done
-}
-
-# Speed and memory, on an otherwise idle machine: half an hour.
+# Speed, on an otherwise idle machine: a quarter of an hour.
 speed() {
     models="--teacher out/0/teacher.pt --student out/0/default.pt --causal out/0/causal.pt"
     python -m experiments.bench models $models --json $results/bench.json
     python -m experiments.bench sampler > $results/sampler.txt
-    for how in --bf16 --no-bf16 "--bf16 --compile"; do
-        echo "training $how"
-        python -m experiments.bench training $how
+    for flags in "--bf16" "--no-bf16" "--bf16 --compile"; do
+        echo "training $flags"
+        python -m experiments.bench training --flags="$flags"
     done > $results/bench.txt
     for parts in 1 4; do
         echo "distillation --accumulate $parts"
-        python -m experiments.bench distillation --teacher out/0/teacher.pt --accumulate $parts
+        python -m experiments.bench distillation --teacher out/0/teacher.pt \
+            --flags="--accumulate $parts"
     done >> $results/bench.txt
-    # bytes of an update, counted, so the same on any machine: ten minutes
-    python -m experiments.bench memory --paper_scale --json $results/memory.json --label paper_scale
-    python -m experiments.bench memory --groups 2 --json $results/memory.json --label default
 }
 
 signatures() {
@@ -139,14 +107,13 @@ signatures() {
     others
     sweep
     ablation
-    rates
     speed
     # the front page: samples, the figure, the animation
     python sample.py --model out/0/teacher.pt --steps 8 --num 8 > $results/samples.txt
     python sample.py --model out/0/default.pt --steps 8 --num 8 >> $results/samples.txt
     log_means out/[0-4]/teacher.jsonl out/[0-4]/default.jsonl out/[012]/sdtt.jsonl \
         out/[012]/paper.jsonl > $results/logs.txt
-    python -m experiments.table $results/sweep.json --plot $results/frontier.png
+    python -m experiments.evaluate --table $results/sweep.json --plot $results/frontier.png
     python -m experiments.animate $results/writing.gif --student out/0/default.pt \
         --teacher out/0/teacher.pt --causal out/0/causal.pt
 }
@@ -170,19 +137,6 @@ text() {
     log_means out/text/{teacher,causal,student}.jsonl > $results/logs_text.txt
 }
 
-# Training on GPT-2's tokens, with and without memory that is kept: see README.md.
-text_speed() {
-    need "$1"
-    export OMP_NUM_THREADS=1
-    python -m data.text "$1" --out out/wikinews
-    export MALLOC_TRIM_THRESHOLD_=100000000000
-    for most in 65536 0; do
-        echo "MALLOC_MMAP_MAX_=$most"
-        MALLOC_MMAP_MAX_=$most python -m experiments.bench training --data out/wikinews \
-            --length 64 --lr 4e-3
-    done > $results/bench_text.txt
-}
-
 # CATH v4.1 S40 domains; $1 is the FASTA file. One thread.
 proteins() {
     need "$1"
@@ -202,13 +156,6 @@ proteins() {
         --label "protein, from temperature 1"
     python sample.py --model out/protein/student.pt --num 100 --out out/designs.fasta
     log_means out/protein/{teacher,causal,student,from_1}.jsonl > $results/logs_protein.txt
-}
-
-# Time and memory of preparing 170 MB of English Wikipedia as plain text; $1 is the file.
-prepare() {
-    need "$1"
-    /usr/bin/time -f "%e s, %M KiB at most" python -m data.text "$1" --out out/prepared 2>&1 \
-        | tr '\r' '\n' | grep -E "Mtoken|at most" | tail -2 > $results/prepare.txt
 }
 
 # The front page's one command in a fresh folder, with the installation.
@@ -233,7 +180,7 @@ first_run() {
 }
 
 case $1 in
-    signatures | few_steps | others | sweep | ablation | rates | speed) "$@" ;;
-    text | text_speed | proteins | prepare | first_run) "$@" ;;
+    signatures | few_steps | others | sweep | ablation | speed) "$@" ;;
+    text | proteins | first_run) "$@" ;;
     *) sed -n '2,/^set -e/s/^# \{0,1\}//p' experiments/reproduce.sh ;;
 esac

@@ -5,111 +5,103 @@
 
 A yardstick for DiDi-Instruct: no discriminator, no policy gradient. In each of a few rounds the
 student learns to predict in one step what its teacher predicts in two; then it becomes the teacher
-of the next round, in which the steps are twice as long. 960 updates take about as long as the
-default of distill.py. Left out on purpose: --resume; Ctrl-C keeps what there is.
+of the next round, in which the steps are twice as long. The default takes about as long as that of
+distill.py. Left out on purpose: --resume.
 """
 import copy
 import time
-from dataclasses import asdict
 
 import torch
 from tqdm import tqdm
 
 import didi
-import distill
-from data import files, memory
-from data.command import (FROM_1, RATE, SHARE, SIZE, add_device_flags, make_parser, progress,
-                          run_script, setup, stop_requested)
-from model import save_checkpoint, update_ema
+from distill import load_teacher
+from model import (FRACTION, RATE, SIZE, add_device_flags, check_output, descend, log, make_parser,
+                   run, save, setup)
 
 
 def parse_flags(argv=None):
-    p, add = make_parser("Self-distillation through time.")
+    p = make_parser(__doc__)
+    add = p.add_argument_group("SDTT").add_argument
     add("--teacher", default="out/teacher.pt", help="checkpoint of train_teacher.py")
-    add("--data", help="corpus folder [the teacher's]")
-    add("--out", default="out/sdtt.pt", help="checkpoint, the log beside it as .jsonl")
+    add("--data", help="corpus folder; None: the teacher's")
     add("--rounds", type=SIZE, nargs="+", default=(32, 16, 8, 4), help="sampling steps of each")
-    add("--updates", type=FROM_1, default=960, help="in all, shared out evenly among the rounds")
-    add("--batch", type=SIZE, default=128, help="sequences per update")
+    add("--updates", type=SIZE, default=240, help="of each round")
+    add("--batch", type=SIZE, default=128, help="B, sequences per update")
     add("--lr", type=RATE, default=1e-3, help="falls linearly to a tenth; supervised, so high")
-    add("--kl_kind", choices=didi.KL_KINDS, default="reverse",
-        help="forward would learn the teacher's one-step prediction again, see sdtt_target")
-    add("--ema", type=SHARE, default=0.97, help="decay of the weight average that is sampled")
-    add_device_flags(add)
-    p.set_defaults(resume=False, minutes=None)  # for progress
-    args = p.parse_args(argv)
-    if args.updates < len(args.rounds):
-        raise ValueError("--updates must be at least one for each of --rounds")
-    return args
+    add("--ema", type=FRACTION, default=0.97, help="decay of the weight average that is sampled")
+    add("--out", default="out/sdtt.pt", help="checkpoint, written at the end; its log is a .jsonl")
+    add_device_flags(p)
+    return p.parse_args(argv)
 
 
 @torch.no_grad()
 def sdtt_target(teacher, z_t, t, dt, mask_id):
-    """What two teacher steps t -> t - dt/2 -> t - dt predict, for a student to match in one.
+    """Return what two teacher steps t -> t - dt/2 -> t - dt predict, to be matched in one step.
 
-    z_t (B, L), t and dt <= t (B,). Returns log_p_x (n, V) at the n masks of z_t: that of the first
-    step where it reveals the token, else that of the second. The mean over paths is a consistent
-    teacher's one-step prediction, so only a KL that prefers modes ("reverse") gains anything.
+    z_t (B, L), t and dt <= t (B,). The result is log_p_x (n, V) at the n masks of z_t: that of the
+    first step where it reveals the token, else that of the second. The mean over paths is a
+    consistent teacher's one-step prediction, so only a KL that prefers modes, the reverse one,
+    gains anything.
     """
     where = z_t == mask_id
     target = didi.predict(teacher, z_t, where)  # (n, V)
     reveal = didi.reveal_positions(z_t, t, t - dt / 2, mask_id)
-    z = z_t.masked_scatter(reveal, didi.draw(target[reveal[where]]))
+    token = didi.draw(target[reveal[where]])
+    z = z_t.masked_scatter(reveal, token)
+
     masked = z == mask_id
     target[masked[where]] = didi.predict(teacher, z, masked)
     return target
 
 
-def update(args, student, teacher, optimizer, x, steps):
-    """One iteration on the texts x (B, L), towards a student of so many steps. What to log."""
-    mask_id, pad_id = teacher.config.mask_id, teacher.config.pad_id
-    t = didi.low_discrepancy_times(len(x), x.device)  # (B,)
-    z_t = didi.forward_mask(x, t, mask_id, pad_id)
-    target = sdtt_target(teacher, z_t, t, t.clamp(max=1 / steps), mask_id)
+def sdtt_loss(student, teacher, z_t, t, dt, mask_id):
+    """Return the reverse KL to `sdtt_target`, nats, the mean over the masks of z_t (B, L)."""
+    target = sdtt_target(teacher, z_t, t, dt, mask_id)
     log_p_x = didi.predict(student, z_t, z_t == mask_id)  # (n, V)
-    kl = didi.kl_to_teacher(log_p_x, target, args.kl_kind).sum() / max(len(target), 1)
-    kl.backward()
-    return {"kl": kl.item(), "norm": distill.descend(student, optimizer)}
-
-
-def train(args, teacher, data):
-    """All rounds. Returns {"model", "ema"}, the updates made, seconds, and the exit code."""
-    teacher, ema = copy.deepcopy(teacher), copy.deepcopy(teacher)
-    student = copy.deepcopy(teacher).requires_grad_(True)
-    L, device, rounds, now = teacher.config.length, teacher.lengths.device, args.rounds, -1
-    begin, stop, step, seconds = time.perf_counter(), stop_requested(), 0, 0.0
-    with progress(args, 0, args.updates) as log:
-        while step < args.updates and not stop():
-            lr = args.lr * (1 - 0.9 * step / args.updates)
-            if step * len(rounds) // args.updates > now:  # a new round: the student so far teaches
-                now += 1
-                teacher.load_state_dict(ema.state_dict())
-                student.load_state_dict(ema.state_dict())
-                optimizer = torch.optim.AdamW(student.parameters(), lr, (0.9, 0.99),
-                                              weight_decay=0.0)
-            optimizer.param_groups[0]["lr"] = lr
-            x = data.batch(args.batch, L, device)  # (B, L)
-            row = update(args, student, teacher, optimizer, x, rounds[now])
-            update_ema(ema, student, args.ema)
-            step += 1
-            seconds = time.perf_counter() - begin
-            log({"step": step, "seconds": seconds, "steps": rounds[now], **row})
-    return {"model": student, "ema": ema}, {"step": step, "seconds": seconds}, int(stop())
+    return didi.kl(log_p_x, target).mean()
 
 
 def main(argv=None):
     args = parse_flags(argv)
     device, bf16 = setup(args)
-    teacher, data = distill.load_teacher(args, device, bf16)
-    files.check_output(args.out, args.data, args.teacher)
-    width = teacher.config.n_embd + teacher.config.vocab_size  # of hidden states and two tables
-    memory.check(teacher.config, device, 6, args.batch, 8 * width, "--batch")
-    nets, done, code = train(args, teacher, data)
-    save_checkpoint(args.out, nets, kind="student", config=asdict(teacher.config),
-                    tokenizer=data.tokenizer, flags=vars(args), **done)
-    tqdm.write(f"wrote {args.out} after {done['step']} of {args.updates} updates")
-    return code
+    teacher, data = load_teacher(args, device, bf16)
+    check_output(args.out, "student", args.data)
+    mask_id = teacher.config.mask_id
+    pad_id = teacher.config.pad_id
+    average = copy.deepcopy(teacher)
+    total = len(args.rounds) * args.updates
+    torch.manual_seed(args.seed)
+
+    rows = []
+    begin = time.perf_counter()
+    bar = tqdm(desc=args.out, total=total)
+    for step in range(total):
+        if step % args.updates == 0:  # a new round: the student so far teaches
+            steps = args.rounds[step // args.updates]
+            teacher.load_state_dict(average.state_dict())
+            student = copy.deepcopy(teacher).requires_grad_(True)
+            opt = torch.optim.AdamW(student.parameters(), args.lr, (0.9, 0.99), weight_decay=0.0)
+
+        x = data.batch(args.batch, teacher.config.length, device)  # (B, L)
+        t = didi.low_discrepancy_times(args.batch, device)  # (B,)
+        z_t = didi.forward_mask(x, t, mask_id, pad_id)
+        dt = t.clamp(max=1 / steps)
+        kl = sdtt_loss(student, teacher, z_t, t, dt, mask_id)
+
+        kl.backward()
+        lr = args.lr * (1 - 0.9 * step / total)
+        norm = descend(student, lr, opt)
+        didi.update_ema(average, student, args.ema)
+        seconds = time.perf_counter() - begin
+        row = {"step": step + 1, "seconds": seconds, "steps": steps}
+        log(rows, bar, row | {"kl": kl.item(), "norm": norm})
+    bar.close()
+
+    nets = {"model": student, "ema": average}
+    save(args.out, rows, nets, kind="student", config=vars(teacher.config),
+         tokenizer=data.tokenizer, flags=vars(args), step=total, seconds=seconds)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run(main)

@@ -1,40 +1,46 @@
-"""test_experiments.py - the autoregressive baseline, evaluation and its tables, on tiny models."""
-import collections
-import importlib.util
+"""test_experiments.py - the experiments at toy size: laws by enumeration, tables by hand.
+
+Networks are random, or the lookup tables of test_didi.py; texts have 16 tokens at most.
+"""
+import argparse
+import importlib
 import json
 import math
-import mmap
 import os
+import shutil
+import subprocess
 import sys
 import types
-from dataclasses import asdict, replace
-from functools import partial
+from unittest import mock
 
-import numpy as np
 import pytest
+import tiktoken
 import torch
 
+import didi
+import distill
 import model
 import train_teacher
 from data import corpus
-from data.test_data import exit_code, forked, gpt2, outcome  # noqa: F401
-from experiments import autoregressive, common, evaluate, table
-from experiments.autoregressive import autoregress
-from test_didi import check_law
+from experiments import ablate, autoregressive, bench, common, evaluate, sdtt
+from test_didi import (MASK, V, Z, chain, check_law, denoising, exact_table, index,  # noqa: F401
+                       lookup, masks, seed, stutter)
 
 torch.set_num_threads(1)
-LENGTH = 16  # of the tiny corpus' rows
+HERE = os.path.dirname(os.path.abspath(__file__))
+L = 16
 LINES = [f"def f{i}(a={i}):" for i in range(80)]
 CPU = ["--device", "cpu", "--no-bf16"]
 FEW = [*CPU, "--samples", "3", "--json", "r.json"]
-HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
+SMALL = "--data corpus --n_layer 1 --n_head 2 --n_embd 16 --batch 8"
+STUDENT = "--groups 2 --G 2 --disc_warmup 1 --disc_blocks 1 --updates 2"
 
 
 # ------------------------------------------------------------------------------------ a tiny world
-def network(V, L, causal=False, seed=0, pads=False):
-    """A random Denoiser far from uniform; texts that have pads are 2 tokens or more."""
-    torch.manual_seed(seed)
-    net = model.Denoiser(model.Config(V, L, 2, 2, 8, causal, pads)).eval().requires_grad_(False)
+def network(V, L, causal=False, pads=False):
+    """Return a random Denoiser, far from uniform, whose texts have 2 tokens or more."""
+    config = model.Config(V, L, 2, 2, 8, causal, pads)
+    net = model.Denoiser(config).requires_grad_(False)
     if pads:
         net.lengths[:] = torch.arange(L + 1) > 1
     for p in net.parameters():
@@ -42,42 +48,35 @@ def network(V, L, causal=False, seed=0, pads=False):
     return net
 
 
-def save(path, kind, L=LENGTH, disc=False, seed=0, tokenizer="bytes", packed=False):
-    """A checkpoint of a random network, in the form that the three scripts write."""
-    net = network(corpus.make_tokenizer(tokenizer).n_vocab, L, kind == "causal", pads=not packed)
+def save(path, kind, length=L, packed=False):
+    """Save a random network as the scripts do, a student with a discriminator."""
+    net = network(257, length, kind == "causal", pads=not packed)
     nets = {"model": net, "ema": net}
-    if disc:
+    if kind == "student":
         nets["disc"] = model.Discriminator(net, 1)
-    model.save_checkpoint(path, nets, kind=kind, config=asdict(net.config), tokenizer=tokenizer,
-                          flags={"data": "corpus", "seed": seed}, step=1,
-                          seconds=1.0)
-    return net
+    flags = {"data": "corpus", "seed": 0}
+    model.save(path, [], nets, kind=kind, config=vars(net.config), tokenizer="bytes", flags=flags)
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """An empty working folder with a corpus of 80 lines in it."""
+    """A folder, entered, with a corpus of 80 lines and three models in out/."""
     monkeypatch.chdir(tmp_path)
+    corpus.write_rows("corpus", LINES, "signatures", "bytes", L, {})
     os.mkdir("out")
-    corpus.write_rows("corpus", LINES, "signatures", "bytes", LENGTH, {})
+    for kind in ("teacher", "student", "causal"):
+        save(f"out/{kind}.pt", kind)
     return tmp_path
 
 
-@pytest.fixture
-def models(folder):
-    """The same with a teacher, a student with a discriminator, and a causal model in out/."""
-    save("out/teacher.pt", "teacher")
-    save("out/student.pt", "student", disc=True)
-    save("out/causal.pt", "causal")
-    return folder
+def load(name):
+    path = f"out/{name}.pt"
+    return common.load_model(path, name, torch.device("cpu"), bf16=False)
 
 
-def refused(main, argv, capsys, *words):
-    """main(argv) as the shell would run it: code 2, and one line on stderr with these words."""
-    code, _, err = outcome(main, argv, capsys)
-    line, = err.strip().splitlines()
-    assert code == 2 and line.startswith("error: ")
-    assert all(word in line for word in words), line
+def results(path="r.json"):
+    with open(path) as f:
+        return json.load(f)
 
 
 # ---------------------------------------------------------------------- the autoregressive baseline
@@ -86,469 +85,616 @@ def causal():
     return network(3, 3, causal=True)
 
 
-def test_a_causal_model_sees_the_past_alone_and_its_cache_changes_nothing(causal):
-    x = torch.randint(0, 3, (5, 3))
-    z, cache = torch.cat((torch.full((5, 1), 3), x[:, :-1]), 1), autoregressive.new_cache(causal, 5)
-    steps = [autoregressive.next_logits(causal, z[:, i], i, cache) for i in range(3)]
-    logits = torch.stack(steps, 1)
-    assert torch.allclose(logits, causal(z), atol=1e-5)
-    nll = -logits.log_softmax(-1).gather(2, x[..., None])[..., 0]
-    assert torch.allclose(train_teacher.causal_nll(causal, x, 3), nll, atol=1e-5)
-    for i in range(3):
-        other = x.clone()
-        other[:, i] = (x[:, i] + 1) % 3
-        moved = (train_teacher.causal_nll(causal, other, 3) - nll).abs().amax(0) > 1e-6
-        assert not moved[:i].any() and moved[i] and moved[i + 1:].all()
-
-
-def test_the_cache_in_bfloat16_is_close_to_the_whole_call(causal):
-    causal.bf16, z = True, torch.randint(0, 4, (5, 3))
+@pytest.mark.parametrize("bf16, error", [(False, 1e-5), (True, 0.05)])
+def test_the_cache_changes_nothing(causal, bf16, error):
+    causal.bf16 = bf16
+    z = torch.randint(0, 4, (5, 3))
     cache = autoregressive.new_cache(causal, 5)
-    steps = [autoregressive.next_logits(causal, z[:, i], i, cache) for i in range(3)]
-    assert torch.allclose(torch.stack(steps, 1).float(), causal(z).float(), atol=0.05)
+
+    one_by_one = []
+    for i in range(3):
+        logits = autoregressive.next_logits(causal, z[:, i], i, cache)
+        one_by_one.append(logits.float())
+
+    at_once = causal(z).float()
+    assert torch.allclose(torch.stack(one_by_one, 1), at_once, atol=error)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_the_autoregressive_sampler_draws_from_the_models_law(causal, temperature):
-    torch.manual_seed(0)
-    eos, n = 2, 20000
+    end = 2
     texts = torch.cartesian_prod(*[torch.arange(3)] * 3)  # (27, 3)
-    until = corpus.until_end(texts, eos)
-    ends = (texts == torch.where(until, texts, eos)).all(1)  # nothing but eos behind the first
+    until = corpus.until_end(texts, end)
+    padded = texts.where(until, end)
+    possible = (texts == padded).all(1)  # nothing but ends after the first
     nll = train_teacher.causal_nll(lambda z: causal(z) / temperature, texts, 3)
-    law = torch.where(ends, (-nll * until).sum(1).exp(), 0.0)
-    assert torch.isclose(law.sum(), torch.tensor(1.0), atol=1e-4)
-    x, nfe = autoregress(causal, n, eos, temperature)
-    check_law((x * torch.tensor([9, 3, 1])).sum(1), law)
-    assert torch.equal(nfe, corpus.until_end(x, eos).sum(1))
+    law = (-nll * until).sum(1).exp() * possible
+
+    x, _ = autoregressive.autoregress(causal, 20000, end, temperature)
+
+    drawn = x @ torch.tensor([9, 3, 1])
+    check_law(drawn, law)
 
 
-def test_packed_texts_do_not_end_and_each_token_is_shown(causal):
-    seen = []
-    x, nfe = autoregress(causal, 50, -1, on_step=lambda z: seen.append(z.clone()))
-    assert (nfe == 3).all() and (x >= 0).all() and (x < 3).all()
-    assert [z.shape[1] for z in seen] == [1, 2, 3] and torch.equal(seen[-1], x)
+def test_a_text_costs_a_call_for_each_token_and_its_end(causal):
+    x, nfe = autoregressive.autoregress(causal, 50, pad_id=2)
+
+    assert torch.equal(nfe, corpus.until_end(x, 2).sum(1))
 
 
-def test_until_end():
-    x = torch.tensor([[1, 2, 1, 2], [2, 2, 2, 2], [0, 1, 1, 0]])
-    assert corpus.until_end(x, 2).int().tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [1] * 4]
+def test_packed_texts_do_not_end(causal):
+    _, nfe = autoregressive.autoregress(causal, 50, pad_id=-1)
+
+    assert nfe.tolist() == [3] * 50
 
 
-def test_the_autoregressive_script_prints_samples(folder, capsys):
-    save("out/causal.pt", "causal")
-    assert not autoregressive.main([*CPU, "--num", "3"])
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 and "network calls" in lines[0]
-    assert all(line.isprintable() for line in lines)
-    save("out/teacher.pt", "teacher")
-    refused(autoregressive.main, ["--model", "out/teacher.pt"], capsys, "teacher", "causal")
+# -------------------------------------------------------------------------------------------- SDTT
+def test_sdtt_target_comes_from_the_step_that_reveals():
+    """Each possible pair of targets of two masks comes as often as its law says."""
+    table = torch.randn(16, 2, V)
+    t = torch.full((40000,), 0.8)
+    dt = torch.full((40000,), 0.5)
+    log_p = table.log_softmax(-1)
+    masked = (Z[2] == MASK)[..., None]
+    possible = torch.where(masked, log_p, log_p[-1])  # after each state of the first step
+    kinds, kind = torch.unique(possible, dim=0, return_inverse=True)
+    first = denoising(table, 0.8, 0.55)[-1]  # law of that state, (S,)
+    law = torch.zeros(len(kinds)).index_add(0, kind, first)
+
+    target = sdtt.sdtt_target(lookup(table), masks(40000, 2), t, dt, MASK)
+
+    target = target.view(-1, 1, 2, V)
+    distance = (target - kinds).abs().amax((2, 3))  # (40000, kinds)
+    assert distance.amin(1).max() < 1e-4
+    check_law(distance.argmin(1), law)
 
 
-# ------------------------------------------------------------------------------- what is shared
-def test_timed_sampling_repeats_and_counts_calls(models):
-    student = common.load_model("out/student.pt", torch.device("cpu"), False)
-    teacher = common.load_model("out/teacher.pt", torch.device("cpu"), False, ("teacher",))
-    assert "discriminator" not in teacher and student["config"].pad_id == 256
-    x, cost = common.write(student, 5, 4, seed=1, batch=2)
-    again, _ = common.write(student, 5, 4, seed=1, batch=2)
-    other, _ = common.write(student, 5, 4, seed=2, batch=2)
-    assert torch.equal(x, again) and not torch.equal(x, other) and x.shape == (5, LENGTH)
-    assert 2 < cost["nfe"] <= 4 and cost["disc_calls"] == 0 and cost["seq_per_s"] > 0
-    _, cost = common.write(student, 5, 4, sampler="rgas", rgas=(1.0, 3, 0.5))
-    assert cost["disc_calls"] == pytest.approx(1 + 1 + 3 + 3, abs=1)  # 2 tilted, 2 re-ranked
-    seen = []
-    common.write(student, 5, 4, on_step=seen.append)
-    assert len(seen) == 4 and (seen[-1] < 257).all()  # no warm-up: it would be seen
+def test_sdtt_target_leaves_visible_tokens_out():
+    table = torch.randn(16, 2, V)
+    z = torch.tensor([[MASK, 1], [0, 2]])
+    one = torch.ones(2)
+
+    target = sdtt.sdtt_target(lookup(table), z, one, one, MASK)
+
+    log_p = table[index(z[0]), :1].log_softmax(-1)
+    assert torch.allclose(target, log_p)
+
+
+def test_sdtt_is_at_rest_at_the_geometric_mean_of_the_targets():
+    """The arithmetic one is an exact teacher's own prediction: there it is not."""
+    teacher = exact_table(stutter(2), 2)
+    log_p = teacher.log_softmax(-1)
+    law = denoising(teacher, 1.0, 0.5)[-1]
+    masked = (Z[2] == MASK)[..., None]
+    targets = torch.where(masked, log_p, log_p[-1])  # (S, 2, V)
+    geometric = torch.einsum("s,slv->lv", law, targets)
+    z = masks(50000, 2)
+    one = torch.ones(50000)
+
+    def slope(logits):  # of the loss, by a student's logits (2, V)
+        student = logits.repeat(16, 1, 1).requires_grad_()
+        loss = sdtt.sdtt_loss(lookup(student), lookup(teacher), z, one, one, MASK)
+        grad, = torch.autograd.grad(loss, student)
+        return grad.abs().max()
+
+    assert slope(geometric) < 0.1 * slope(log_p[-1])
+
+
+def test_each_round_of_sdtt_learns_from_the_one_before(folder, monkeypatch):
+    teachers = []
+    steps = []
+
+    def target(teacher, z, t, dt, mask_id):
+        teachers.append(teacher.out.weight.clone())
+        steps.append(1 / dt.max().item())
+        return real(teacher, z, t, dt, mask_id)
+
+    real = sdtt.sdtt_target
+    monkeypatch.setattr(sdtt, "sdtt_target", target)
+
+    sdtt.main([*CPU, "--batch", "8", "--rounds", "4", "2", "--updates", "2"])
+
+    assert steps == pytest.approx([4, 4, 2, 2])
+    same = [torch.equal(a, b) for a, b in zip(teachers[:-1], teachers[1:])]
+    assert same == [True, False, True]
+
+
+# ------------------------------------------------------------------------------- the usual sampler
+@pytest.mark.parametrize("steps", [1, 4])
+def test_the_usual_sampler_draws_from_the_same_law_as_ours(steps):
+    table = exact_table(stutter(2), 2)
+    law = chain(table, didi.time_grid(steps))
+
+    x = bench.usual_sample(lookup(table), masks(20000, 2), steps, MASK)
+
+    check_law(index(x), law)
+
+
+# ------------------------------------------------------------------------------ writing and results
+@pytest.mark.parametrize("seed, same", [(1, True), (2, False)])
+def test_the_seed_decides_what_is_written(folder, seed, same):
+    student = load("student")
+    x, _ = common.write(student, 5, 4, seed=1, batch=2)
+
+    other, _ = common.write(student, 5, 4, seed=seed, batch=2)
+
+    assert torch.equal(x, other) == same
+
+
+@pytest.mark.parametrize("guided, calls", [(False, 0), (True, 1 + 1 + 4 + 4)])
+def test_the_discriminators_calls_are_counted(folder, guided, calls):
+    """It is asked once in each of two steps that tilt, then for four candidates."""
+    student = load("student")
+    student.net.lengths[:L] = 0  # long texts: nearly each step reveals something
+
+    _, cost = common.write(student, 100, 4, guided=guided)
+
+    assert cost["disc_calls"] == pytest.approx(calls, abs=0.5)
 
 
 def test_a_frequency_penalty_by_hand():
+    net = network(3, 4)
     z = torch.tensor([[3, 1, 1, 3], [2, 3, 0, 0]])
-    plain = torch.arange(9.0).view(3, 3)  # logits at the 3 masks
-    logits = common.penalised(lambda z, where: plain, 3, 0.5)(z, z == 3)
-    assert torch.equal(plain - logits, torch.tensor([[0, 1, 0], [0, 1, 0], [1, 0, 0.5]]))
+    where = z == 3
+
+    penalised = common.penalised(net, 0.5)(z, where)
+
+    counts = torch.tensor([[0, 2, 0], [0, 2, 0], [2, 0, 1]])
+    assert torch.allclose(penalised, net(z, where) - 0.5 * counts)
 
 
-def test_spread():
-    assert common.spread([1.0, 2.0, 3.0]) == "2.000 +- 1.000"
-    assert common.spread([1.0, math.nan, None], 1) == "1.0" and common.spread([None]) == ""
+def test_a_run_is_added_beside_others(folder):
+    zero = {"flags": {"seed": 0}}
+    one = {"flags": {"seed": 1}}
+
+    common.add_run("new/r.json", "a", 0, zero)
+    common.add_run("new/r.json", "a", 1, zero)
+    common.add_run("new/r.json", "b", 0, zero)
+    common.add_run("new/r.json", "a", 1, one)  # in the place of the one before
+
+    expected = {"a": {"0": zero, "1": one}, "b": {"0": zero}}
+    assert results("new/r.json") == expected
 
 
-def test_memory_meter():
-    peak = common.memory_meter(torch.device("cpu"))
-    np.frombuffer(mmap.mmap(-1, 2 ** 26), np.uint8)[:] = 1  # 64 MiB that are new, freed again
-    assert sys.platform != "linux" or 60 < peak() < 200
+def test_a_run_that_cannot_be_written_leaves_the_file_whole(folder):
+    common.add_run("r.json", "a", 0, {"flags": {}})
 
-
-def test_results_are_added_and_never_half_written(folder, capsys):
-    run = {"rows": [], "flags": {"sweep": 1}}
-    common.add_run("r.json", "sweep")
-    common.add_run("r.json", "sweep", "a", 0, run)
-    common.add_run("r.json", "sweep", "a", 1, run)
-    assert common.read_results("r.json", "sweep") == {"a": {"0": run, "1": run}}
-    with pytest.raises(ValueError, match="r.json"):
-        common.add_run("r.json", "what", "a", 1, {"rows": [], "flags": {"what": 1}})
     with pytest.raises(TypeError):
-        common.write_json("r.json", {"a": torch})
-    assert len(common.read_results("r.json", "sweep")["a"]) == 2
-    for content in ("[]", "{", '{"a": {"0": {}}}', '{"a": 1}'):
-        with open("odd.json", "w") as f:
-            f.write(content)
-        with pytest.raises(ValueError, match="odd.json"):
-            common.read_results("odd.json", "sweep")
+        common.add_run("r.json", "a", 1, {"flags": torch})
+
+    assert results() == {"a": {"0": {"flags": {}}}}
 
 
-# ----------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------ tables
 def row(name, steps, entropy, post, T=1.0):
-    return {"row": name, "steps": steps, "entropy": entropy, "post": post, "T": T}
+    numbers = {"steps": steps, "T": T, "entropy": entropy, "post": post}
+    return {"row": name} | numbers
 
 
-def test_equal_entropy_by_hand():
-    rows, at_2 = [row("held-out data", None, 2.0, 1.0)], partial(table.at_entropy, entropy=2.0)
-    rows += [row("student", 8, e, v) for e, v in ((1.5, 0.9), (2.5, 0.5))]  # at 2.0: .7
-    assert at_2(rows, "student", 8, "post") == pytest.approx(0.7)
-    assert math.isnan(table.at_entropy(rows, "student", 8, "post", 2.6))
-    assert math.isnan(at_2(rows, "student", 4, "post"))
-    assert math.isnan(table.steps_to_match(rows, "post", 8, at_2))  # no teacher
-    for n, v in {4: 0.2, 8: 0.3, 16: 0.5, 32: 0.6, 64: 0.8, 256: 0.9}.items():
-        rows += [row("teacher", n, 2.2, v - 0.1), row("teacher", n, 1.8, v + 0.1)]
-    worth = partial(table.steps_to_match, column="post", value=at_2)
-    assert worth(rows) == pytest.approx(2 ** 5.5)  # half-way from .6 to .8
-    assert math.isnan(worth(rows, value=partial(table.at_entropy, entropy=2.3)))
-
-    def moved(by):
-        students = [r | {"post": r["post"] + by} for r in rows if r["row"] == "student"]
-        return [r for r in rows if r["row"] != "student"] + students
-    better = moved(0.25)
-    assert worth(moved(-0.6)) == 4
-    assert worth(better) == math.inf
-    no_4 = [r for r in better if (r["row"], r["steps"]) != ("teacher", 4)]
-    assert worth(no_4) == math.inf
-    unknown = [r for r in better if (r["steps"], r["entropy"]) != (256, 2.2)]
-    assert math.isnan(worth(unknown))  # 256 steps: outside what was measured
+HELD_OUT = {"row": "held-out data", "entropy": 2.0, "post": 1.0}
 
 
-def test_what_steps_are_worth_at_temperature_1_and_less_is_better_of_three_measures():
-    rows = [row("teacher", 8, 2.0, 0.2, T=0.5)]
-    for name, n, value in (("student", 16, 20), ("teacher", 8, 30), ("teacher", 32, 10)):
-        rows.append(row(name, n, 2.0, -value) | {"judge_ppl": value, "tv": value, "js3": value})
-    for name in table.GOALS:
-        assert table.steps_to_match(rows, name, 16) == pytest.approx(16)
-        assert math.isnan(table.steps_to_match(rows, name, 8))
+def write_results(*seeds):
+    """Write r.json: one label with these rows of its seeds."""
+    for seed, rows in enumerate(seeds):
+        run = {"rows": rows, "flags": {}}
+        common.add_run("r.json", "default", seed, run)
 
 
-def write_results(path, *seeds, sweep=False):
-    """A file of one label with these rows of its seeds."""
-    runs = {str(k): {"rows": rows, "flags": {"sweep": sweep}} for k, rows in enumerate(seeds)}
-    common.write_json(path, {"default": runs})
+def table(capsys):
+    """Return the lines that --table prints of r.json, as lists of cells."""
+    evaluate.main(["--table", "r.json"])
+    cells = []
+    for line in capsys.readouterr().out.splitlines():
+        cells.append([cell.strip() for cell in line.split("|")[1:-1]])
+    return cells
 
 
-def test_rows_are_paired_by_what_they_are(folder, capsys):
-    """The second seed's rows stand in another order, with one more and one fewer."""
-    write_results("r.json", [row("teacher", 8, 2.0, 0.1), row("student", 8, 2.0, 0.2)],
-                  [row("new", None, 2.0, 0.9), row("student", 8, 2.0, 0.4)])
-    assert not table.main(["r.json"])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "| run | seeds | row | steps | T | post | entropy |"
-    assert lines[2:5] == ["| default | 1 | teacher | 8 | 1.0 | 0.100 | 2.000 |",
-                          "| default | 2 | student | 8 | 1.0 | 0.300 +- 0.141 | 2.000 +- 0.000 |",
-                          "| default | 1 | new |  | 1.0 | 0.900 | 2.000 |"]
+@pytest.mark.parametrize("name, low", [("student", 2.1), ("teacher", 1.9)])
+def test_outside_the_temperatures_measured_nothing_is_known(name, low):
+    rows = [
+        HELD_OUT,
+        row(name, 8, low, 0.9),
+        row(name, 8, 2.2, 0.9, T=0.8)]
+
+    post = evaluate.at_data(rows, "student", 8, "post")
+
+    assert math.isnan(post)
 
 
-def test_a_sweeps_table_compares_at_equal_entropy(folder, capsys):
-    def seed(by):
-        rows = [{"row": "held-out data", "entropy": 2.0, "post": 1.0}]
-        for T, e in ((1.0, 2.1), (0.8, 1.9 + by)):
-            rows += [row("teacher", 32, e, 0.4, T), row("student", 8, e, 0.4 + by, T)]
-        return rows
-    write_results("r.json", seed(0.0), seed(0.15), sweep=True)  # the second never gets to 2.0
-    assert not table.main(["r.json"])
-    out = capsys.readouterr().out
-    assert "| default | 1 of 2 | student | 8 | 0.400 |" in out
-    assert "| default | nan nan |" in out and "32 inf" in out and "| 0.8 |" not in out
-    if HAS_MATPLOTLIB:
-        assert not table.main(["r.json", "--plot", "p.png"]) and os.path.getsize("p.png") > 5000
-        assert table.curve({}, "student", 8, "post").shape == (0, 2)
+@pytest.mark.parametrize("post, worth", [
+    (0.1, 4), (0.2, 4), (0.3, 4 * 2 ** 0.5), (0.65, 32), (0.91, math.inf), (math.nan, math.nan)])
+def test_what_steps_are_worth_by_hand(post, worth):
+    """Linear in the logarithm of the steps, from 4 with .2 over 8 with .4 to 128 with .9."""
+    rows = [
+        row("teacher", 4, 2.0, 0.2),
+        row("teacher", 8, 2.0, 0.4),
+        row("teacher", 128, 2.0, 0.9),
+        row("student", 8, 2.0, post)]
+
+    found = evaluate.steps_to_match(rows, "post", 8)
+
+    assert found == pytest.approx(worth, nan_ok=True)
 
 
-def test_worth_at_equal_entropy_and_untrained_by_hand(folder, capsys):
+@pytest.mark.parametrize("column", ["judge_ppl", "tv", "js3"])
+def test_less_is_better_of_three_measures(column):
+    rows = [
+        {"row": "teacher", "steps": 8, "T": 1, column: 30},
+        {"row": "teacher", "steps": 32, "T": 1, column: 10},
+        {"row": "student", "steps": 8, "T": 1, column: 20}]
+
+    worth = evaluate.steps_to_match(rows, column, 8)
+
+    assert worth == pytest.approx(16)
+
+
+def test_the_three_ways_to_compare_steps_by_hand(folder, capsys):
     """8 steps of the student are worth 8 at temperature 1; at an entropy of 2 they have .6, three
     fifths from .45 to .7, the teacher's 8 and 16; its 8 at .6 have a quarter from .4 to .6."""
-    rows = [{"row": "held-out data", "entropy": 2.0, "post": 1.0}]
+    rows = [
+        HELD_OUT,
+        row("teacher", 8, 2.0, 0.45, T=0.6),
+        row("student", 8, 2.1, 0.4),
+        row("student", 8, 1.9, 0.8, T=0.7)]
     for n, post in ((4, 0.2), (8, 0.4), (16, 0.6)):
-        rows += [row("teacher", n, 2.1, post), row("teacher", n, 1.9, post + 0.2, 0.7)]
-    rows += [row("teacher", 8, 2.0, 0.45, 0.6)]
-    rows += [row("student", 8, 2.1, 0.4), row("student", 8, 1.9, 0.8, 0.7)]
-    write_results("r.json", rows, sweep=True)
-    assert not table.main(["r.json"])
-    lines = capsys.readouterr().out.splitlines()
-    worth = {line.split(" | ")[0]: line.split(" | ")[5] for line in lines if "nan" in line}
-    assert worth == {"| default": "8", "| default, equal entropy": f"{8 * 2 ** .6:.0f}",
-                     "| default, untrained": f"{8 * 2 ** .25:.0f}"}
+        rows.append(row("teacher", n, 2.1, post))
+        rows.append(row("teacher", n, 1.9, post + 0.2, T=0.7))
+    write_results(rows)
+
+    lines = table(capsys)
+
+    worth = {cells[0]: cells[5] for cells in lines if "nan" in cells}
+    assert worth == {
+        "default": "8",
+        "default, equal entropy": f"{8 * 2 ** .6:.0f}",
+        "default, untrained": f"{8 * 2 ** .25:.0f}"}
 
 
-def test_tables_refuse_what_they_cannot_read(folder, monkeypatch, capsys):
-    with open("odd.json", "w") as f:
-        f.write("{}}")
-    refused(table.main, ["odd.json"], capsys, "odd.json")
-    refused(table.main, ["none.json"], capsys, "none.json")
-    write_results("r.json", [row("student", 8, 2.0, 0.2)])
-    if HAS_MATPLOTLIB:
-        refused(table.main, ["r.json", "--plot", "p.png"], capsys, "--sweep")
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    refused(table.main, ["r.json", "--plot", "p.png"], capsys, "pip install matplotlib")
+def test_rows_of_seeds_are_paired_by_what_they_are(folder, capsys):
+    """The second seed's rows stand in another order, with one more and one fewer."""
+    first = [row("teacher", 8, 2.0, 0.1), row("student", 8, 2.0, 0.2)]
+    second = [row("new", None, 2.0, 0.9), row("student", 8, 2.0, 0.4)]
+    write_results(first, second)
+
+    lines = table(capsys)
+
+    assert lines[0] == ["run", "seeds", "row", "steps", "T", "post", "entropy"]
+    assert lines[2:5] == [
+        ["default", "1", "teacher", "8", "1.0", "0.100", "2.000"],
+        ["default", "2", "student", "8", "1.0", "0.300 +- 0.141", "2.000 +- 0.000"],
+        ["default", "1", "new", "", "1.0", "0.900", "2.000"]]
 
 
-# ------------------------------------------------------------------------------------- evaluation
-def test_the_table_and_its_file(models, capsys):
-    assert not evaluate.main(FEW)
-    out, results = capsys.readouterr().out, json.load(open("r.json"))
-    run, names = results["default"]["0"], ["held-out data", "training data", "teacher", "student"]
-    counts = collections.Counter(r["row"] for r in run["rows"])
-    penalised = ["teacher, penalty 0.1", "teacher, penalty 0.3"]
-    assert list(counts) == [*names, "autoregressive", *penalised, "student, penalty 0.1",
-                            "student, penalty 0.3", "student, guided"]
-    assert counts["teacher"] == 12 and counts["student"] == 4  # the teacher: 8 steps at 7 T
-    assert all(f"\n{name}" in out for name in counts) and "      post " in out
-    held, real = run["rows"][:2]
-    assert held["valid"] == real["valid"] == 1 and held["novel"] == 1 and real["novel"] == 0
-    assert all(r["judge_ppl"] > 1 and r["valid_se"] >= 0 for r in run["rows"])
-    assert set(real["examples"]) <= set(LINES)
-    assert run["training"]["student"] == {"data": "corpus", "seed": 0}
-    assert run["hardware"]["device"] == "cpu" and run["flags"]["samples"] == 3
-    guided, = [r for r in run["rows"] if r["row"] == "student, guided"]
-    assert guided["disc_calls"] > guided["nfe"] > 0
-    ar, = [r for r in run["rows"] if r["row"] == "autoregressive"]
-    assert ar["steps"] is None and ar["disc_calls"] == 0 and 1 <= ar["nfe"] <= LENGTH
-    assert not evaluate.main([*FEW, "--rows", "teacher", "--label", "other"])
-    results = json.load(open("r.json"))
-    assert results["default"]["0"] == run and not os.path.exists("r.json.partial")
-    assert {r["row"] for r in results["other"]["0"]["rows"]} == {*names[:3], *penalised}
+def test_seeds_that_do_not_reach_the_datas_entropy_are_left_out(folder, capsys):
+    low = row("student", 8, 1.9, 0.4, T=0.8)
+    middle = row("student", 8, 2.1, 0.4)
+    high = row("student", 8, 2.3, 0.9, T=1.2)
+    write_results([HELD_OUT, low, middle], [HELD_OUT, middle, high])
+
+    lines = table(capsys)
+
+    assert ["default", "1", "student", "8", "0.400"] in lines
 
 
-def test_a_sweep_with_two_seeds_and_its_pictures(models, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, "STEPS", {"teacher": (4, 8), "student": (8,),
-                                            "autoregressive": (None,)})
-    save("out/other.pt", "student", seed=1)  # without a discriminator, as of experiments.sdtt
-    assert not evaluate.main([*FEW, "--sweep"])
-    assert not evaluate.main([*FEW, "--sweep", "--student", "out/other.pt"])
-    seeds = json.load(open("r.json"))["default"]
-    counts = [collections.Counter(r["row"] for r in seeds[k]["rows"]) for k in "01"]
-    assert counts[0] == {"held-out data": 1, "training data": 1, "teacher": 14, "student": 7,
-                         "student, guided": 1, "autoregressive": 7, "teacher, penalty 0.1": 1,
-                         "teacher, penalty 0.3": 1, "student, penalty 0.1": 1,
-                         "student, penalty 0.3": 1}
-    assert counts[0] - counts[1] == {"student, guided": 1}
-    pictures = ["--plot", "p.png"] if HAS_MATPLOTLIB else []
-    capsys.readouterr()
-    assert not table.main(["r.json", *pictures])
-    out = capsys.readouterr().out
-    assert "At the entropy of held-out data" in out and "| default | 1 | student, guided |" in out
+@pytest.mark.parametrize("name", ["nano", "sweep", "protein", "text_cpu"])
+def test_the_results_in_git_have_tables(name, capsys):
+    evaluate.main(["--table", f"{HERE}/results/{name}.json"])
+
+    assert "| student | 8 | 1.0 |" in capsys.readouterr().out
 
 
-def test_no_more_steps_than_make_a_difference():
-    teacher = {"teacher": {}}
-    assert max(steps for _, _, steps, _, _ in evaluate.plan(teacher, False, 48)) == 256
-    assert max(steps for _, _, steps, _, _ in evaluate.plan(teacher, False, 256)) == 1024
+def test_the_plot_is_a_png(folder):
+    pytest.importorskip("matplotlib")
+    write_results([HELD_OUT, row("student", 8, 2.1, 0.4)])
+
+    evaluate.main(["--table", "r.json", "--plot", "p.png"])
+
+    with open("p.png", "rb") as f:
+        assert f.read(4) == b"\x89PNG"
 
 
-def test_the_steps_given_are_those_of_the_table(models, capsys):
-    assert not evaluate.main([*FEW, "--steps", "3", "300"])
-    rows = json.load(open("r.json"))["default"]["0"]["rows"]
-    steps = [(r["row"], r["steps"]) for r in rows if r.get("T") == 1 and r["steps"]]
-    names = ("teacher", "student", "student, guided")
-    assert steps == [(name, n) for name in names for n in (3, 300)]
+# -------------------------------------------------------------------------------------- evaluation
+def rows_of_run():
+    return results()["default"]["0"]["rows"]
 
 
-def test_the_judges_perplexity_by_hand(models):
-    """One text after the other, each token up to and including the first end."""
-    judge = common.load_model("out/causal.pt", torch.device("cpu"), False)
-    x, net = torch.randint(250, 257, (7, LENGTH)), judge["denoiser"]
-    nll = []
-    for text in x.tolist():
-        end = text.index(256) + 1 if 256 in text else LENGTH
-        log_p = net(torch.tensor([[257, *text[:-1]]]))[0].log_softmax(-1)
-        nll += [-log_p[i, text[i]].item() for i in range(end)]
-    assert len(nll) < x.numel()
-    by_hand = math.exp(sum(nll) / len(nll))
-    assert evaluate.causal_judge(x, judge, 3) == pytest.approx(by_hand, rel=1e-5)
+def test_an_evaluation_has_all_rows(folder):
+    evaluate.main([*FEW, "--steps", "8"])
+
+    names = [r["row"] for r in rows_of_run()]
+    assert names == [
+        "held-out data", "training data",
+        *["teacher"] * 7, "teacher, penalty 0.1", "teacher, penalty 0.3",
+        "student", "student, guided", "student, penalty 0.1", "student, penalty 0.3",
+        "autoregressive"]
 
 
-def test_packed_text(folder, monkeypatch):
-    """Passages that do not end: each token counts, and the autoregressive model writes them all."""
-    monkeypatch.setattr(evaluate, "STEPS", {"teacher": (8,), "student": (8,),
-                                            "autoregressive": (None,)})
-    pieces = [("train", torch.randint(257, (400,))), ("val", torch.randint(257, (100,)))]
-    corpus.write("packed", pieces, "text", "bytes", 0, {})
+def test_the_students_rows_alone(folder):
+    evaluate.main([*FEW, "--rows", "student", "--steps", "4"])
+
+    names = {r["row"].split(",")[0] for r in rows_of_run()}
+    assert names == {"held-out data", "training data", "student"}
+
+
+def test_packed_text_is_evaluated_without_ends(folder):
+    ids = torch.randint(257, (400,))
+    corpus.write("packed", [("train", ids), ("val", ids)], "text", "bytes", 0, {})
     for kind in ("teacher", "student", "causal"):
         save(f"out/{kind}.pt", kind, packed=True)
-    assert not evaluate.main([*FEW, "--data", "packed"])
-    rows = json.load(open("r.json"))["default"]["0"]["rows"]
-    assert all({"entropy", "distinct", "judge_ppl"} <= r.keys() and "valid" not in r for r in rows)
-    assert [r["nfe"] for r in rows if r["row"] == "autoregressive"] == [LENGTH]
+
+    evaluate.main([*FEW, "--data", "packed", "--steps", "4"])
+
+    last = rows_of_run()[-1]
+    assert last["nfe"] == L
+    assert last["judge_ppl"] > 1
 
 
-def test_what_does_not_fit_is_refused(models, capsys):
-    refused(evaluate.main, [*CPU, "--student", "none.pt"], capsys, "none.pt", "distill.py")
-    refused(evaluate.main, [*CPU, "--student", "out/teacher.pt"], capsys, "holds a teacher")
-    refused(evaluate.main, [*CPU, "--data", "none"], capsys, "none")
-    refused(evaluate.main, ["--json", "no/such.json"], capsys, "no/such.json")
-    corpus.write_rows("longer", LINES, "signatures", "bytes", 20, {})
-    refused(evaluate.main, [*CPU, "--data", "longer"], capsys, "longer", "--data")
-    save("out/longer.pt", "student", L=20)
-    refused(evaluate.main, [*CPU, "--student", "out/longer.pt"], capsys, "out/longer.pt", "length")
-    ckpt = torch.load("out/student.pt", weights_only=True)
-    torch.save(ckpt | {"disc": {}}, "out/broken.pt")
-    refused(evaluate.main, [*CPU, "--student", "out/broken.pt"], capsys, "out/broken.pt")
+def test_a_sweep_takes_all_temperatures(folder):
+    args = evaluate.parse_flags(["--sweep"])
+
+    rows = evaluate.plan(args, {"autoregressive": load("causal")})
+
+    temperatures = [how["temperature"] for _, _, how in rows]
+    assert temperatures == [1.2, 1.1, 1.0, 0.9, 0.8, 0.7, 0.6]
 
 
-def test_without_a_causal_model_there_is_no_judge(models, capsys):
+def test_without_a_causal_model_there_is_no_judge(folder, capsys):
     os.remove("out/causal.pt")
-    assert not evaluate.main([*FEW, "--rows", "student"])
-    assert "--causal" in capsys.readouterr().out
-    rows = json.load(open("r.json"))["default"]["0"]["rows"]
-    assert not any("judge_ppl" in r for r in rows)
-    refused(evaluate.main, [*FEW, "--causal", "out/causal.pt"], capsys, "out/causal.pt")
+
+    evaluate.main([*FEW, "--rows", "student", "--steps", "4"])
+
+    assert "no judge: out/causal.pt" in capsys.readouterr().out
+    assert "judge_ppl" not in rows_of_run()[0]
 
 
-# ------------------------------------------------------------------------------- GPT-2 as the judge
-class StandIn:
-    """In place of transformers.GPT2LMHeadModel: a tiny causal model whose "gpt2" can be loaded."""
-    net = None
+MISTAKES = {
+    "--student none.pt": "none.pt is not there",
+    "--student out/teacher.pt": "out/teacher.pt holds a teacher",
+    "--student out/long.pt": "out/long.pt, out/causal.pt differ",
+    "--data none": "none",
+    "--data longer": "does not fit out/",
+    "--json corpus/meta.json": "meta.json is no results file",
+    "--table corpus/train.bin": "train.bin is no results file",
+    "--table none.json": "none.json has no rows"}
 
-    @classmethod
-    def from_pretrained(cls, name):
-        if name != "gpt2":
-            raise OSError("no such folder")
-        cls.net = network(257, 64, causal=True)
-        cls.net.register_forward_hook(lambda net, z, out: types.SimpleNamespace(logits=out))
-        return cls.net
+
+@pytest.mark.parametrize("argv", MISTAKES)
+def test_mistakes_are_named(folder, argv):
+    save("out/long.pt", "student", length=20)
+    corpus.write_rows("longer", LINES, "signatures", "bytes", 20, {})
+
+    with pytest.raises(ValueError, match=MISTAKES[argv]):
+        evaluate.main([*CPU, *argv.split()])
+
+
+# --------------------------------------------------------------------------------------- the judges
+def perplexity_by_hand(texts, net, first):
+    """Return the perplexity of lists of tokens under a causal network, one after the other."""
+    nats = []
+    for ids in texts:
+        logits = net(torch.tensor([[first, *ids[:-1]]]))
+        log_p = logits[0].log_softmax(-1)
+        nats += [-log_p[i, token].item() for i, token in enumerate(ids)]
+    ppl = math.exp(sum(nats) / len(nats))
+    return pytest.approx(ppl, rel=1e-4)
+
+
+def test_the_causal_judge_by_hand(folder):
+    """Each token counts up to and including the first end."""
+    x = torch.randint(250, 257, (7, L))
+    texts = []
+    for ids in x.tolist():
+        end = [*ids, 256].index(256)
+        texts.append(ids[:end + 1])
+    judge = load("causal")
+
+    ppl = evaluate.causal_judge(x, judge, batch=3)
+
+    assert ppl == perplexity_by_hand(texts, judge.net, 257)
 
 
 @pytest.fixture
-def gpt2_judge(gpt2, monkeypatch):
-    """Its tokens, and the package transformers with that model in it."""
-    package = types.SimpleNamespace(GPT2LMHeadModel=StandIn)
-    monkeypatch.setitem(sys.modules, "transformers", package)
-    return gpt2
+def gpt2(monkeypatch):
+    """Bytes in the place of GPT-2's tokens, and a tiny network in the place of its own."""
+    net = network(257, 64, causal=True)
+    transformers = mock.MagicMock()
+    loaded = transformers.GPT2LMHeadModel.from_pretrained.return_value
+    loaded.to().eval.return_value = lambda z: types.SimpleNamespace(logits=net(z))
+    encoding = corpus.make_tokenizer("bytes")
+
+    monkeypatch.setitem(sys.modules, "transformers", transformers)
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
+    corpus.make_tokenizer.cache_clear()
+    yield net
+    corpus.make_tokenizer.cache_clear()
 
 
-def by_hand(rows):
-    """Perplexity of lists of tokens, one after the other, under the stand-in."""
-    nll = []
-    for ids in rows:
-        log_p = StandIn.net(torch.tensor([[256, *ids[:-1]]])).logits[0].log_softmax(-1)
-        nll += [-log_p[i, ids[i]].item() for i in range(len(ids))]
-    return pytest.approx(math.exp(sum(nll) / len(nll)), rel=1e-5)
-
-
-def test_gpt2_judges_texts_in_its_own_tokens(models, gpt2_judge, monkeypatch):
-    args = evaluate.parse_flags([*CPU, "--judge", "gpt2", "--batch", "1"])
-    device = torch.device("cpu")
+def test_gpt2_judges_texts_with_their_ends(folder, gpt2):
     texts = ["def f(x):", "def gogo():", ""]
-    x = torch.from_numpy(corpus.encode(texts, "bytes", LENGTH).astype("int64")).view(3, LENGTH)
-    judge = evaluate.make_judge(args, {}, corpus.load("corpus"), device)
-    assert judge(x) == by_hand([[*text.encode(), 256] for text in texts])  # each with its end
-    pieces = [("train", torch.randint(257, (400,))), ("val", torch.randint(257, (100,)))]
-    passages = torch.randint(97, 110, (4, 64))
-    for tokenizer in ("bytes", "gpt2"):  # passages have no end, and of its own tokens all count
-        corpus.write(tokenizer, pieces, "text", tokenizer, 0, {})
-        judge = evaluate.make_judge(args, {}, corpus.load(tokenizer), device)
-        assert judge(passages) == by_hand(passages.tolist())
-    ends = torch.randint(250, 257, (4, 64))
-    assert judge(ends) == by_hand(ends.tolist())
-    judge = evaluate.make_judge(args, {}, replace(corpus.load("gpt2"), framed=True), device)
-    passages[:, [0, 5, -1]] = 256  # framed, and a text ends within: what follows ends counts
-    nll = -StandIn.net(passages).logits.log_softmax(-1)[:, :-1].gather(2, passages[:, 1:, None])
-    counted = nll[passages[:, 1:, None] != 256]
-    assert len(counted) == 4 * 61
-    assert judge(passages) == pytest.approx(counted.mean().exp().item(), 1e-5)
+    rows = corpus.encode(texts, "bytes", L).astype("int64")
+    x = torch.from_numpy(rows).view(3, L)
+    args = evaluate.parse_flags(["--judge", "gpt2", "--batch", "2"])
+
+    judge = evaluate.make_judge(args, {}, corpus.load("corpus"), "cpu")
+
+    tokens = [[*text.encode(), 256] for text in texts]
+    assert judge(x) == perplexity_by_hand(tokens, gpt2, 256)
 
 
-def test_a_gpt2_alone_or_one_that_cannot_be_loaded(models, gpt2_judge, monkeypatch, capsys):
-    save("out/causal.pt", "causal", L=20)  # of another experiment
-    assert not evaluate.main([*FEW, "--rows", "student", "--judge", "gpt2"])
-    rows = json.load(open("r.json"))["default"]["0"]["rows"]
-    assert all(r["judge_ppl"] > 1 for r in rows)
-    refused(evaluate.main, [*CPU, "--judge", "no/such/folder"], capsys, "no/such/folder")
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    refused(evaluate.main, [*CPU, "--judge", "gpt2"], capsys, "pip install transformers")
+def packed(tokenizer, framed=False):
+    return corpus.Corpus("", "text", tokenizer, 0, {}, [], [], framed)
 
 
-def good_run():
-    rows = [row("held-out data", None, 1.0, 0.9), row("teacher", 8, 1.0, 0.5),
-            row("teacher", 4, 0.9, 0.4), row("teacher", 8, 1.2, 0.3, 1.1),
-            row("student", 8, 0.9, 0.6), row("student", 4, 1.1, 0.5)]
-    return {"rows": rows, "flags": {"sweep": True}}
+@pytest.mark.parametrize("tokenizer", ["bytes", "gpt2"])
+def test_gpt2_judges_all_tokens_of_passages(gpt2, tokenizer):
+    x = torch.randint(97, 110, (4, 64))
+
+    tokens, counted = evaluate.gpt2_tokens(x, packed(tokenizer))
+
+    assert torch.equal(tokens, x)
+    assert counted.all()
 
 
-def lie(*keys, to):
-    """The runs of two seeds with what is below these keys changed, as JSON."""
-    runs = {"default": {"0": good_run(), "1": good_run()}}
-    inner = runs
-    for key in keys[:-1]:
-        inner = inner[key]
-    inner[keys[-1]] = to
-    return json.dumps(runs)
+def test_gpt2_counts_no_end_of_framed_passages(gpt2):
+    x = torch.tensor([[256, 5, 256, 7, 256]])
+
+    tokens, counted = evaluate.gpt2_tokens(x, packed("gpt2", framed=True))
+
+    assert tokens.tolist() == [[5, 256, 7, 256]]
+    assert counted.tolist() == [[True, False, True, False]]
 
 
-FIRST = ("default", "0", "rows")
-ODD = [lie(*keys, to=to) for keys, to in (
-    (("default",), []), (("default", "0"), None), (FIRST, 3), (FIRST, [3]), (FIRST, [{}]),
-    ((*FIRST, 1, "steps"), "8"), ((*FIRST, 1, "steps"), 0), ((*FIRST, 1, "steps"), -4),
-    ((*FIRST, 1, "post"), "high"), ((*FIRST, 1, "entropy"), [1.0]), ((*FIRST, 1, "T"), {}),
-    ((*FIRST, 1, "post"), 10 ** 400), ((*FIRST, 1, "post"), 1e308), ((*FIRST, 1, "row"), 8),
-    ((*FIRST, 1, "post"), True), (("default", "0", "flags"), None),
-    (("default", "0", "flags"), {"what": "models"}))]
-ODD += ["[" * 10 ** 5, '{"a":' * 10 ** 5, "9" * 5000, "", "null", "\udcff", '{"a": {"0": {}}}']
+# ---------------------------------------------------------------------------------------- ablation
+ABLATE = ["a.json", *CPU, "--num", "4", "--teacher", "out/teacher.pt", f"--flags={STUDENT}"]
 
 
-@pytest.mark.parametrize("content", ODD)
-def test_a_results_file_of_any_json_is_one_line(folder, capsys, content):
-    with open("r.json", "w", encoding="utf-8", errors="surrogateescape") as f:
-        f.write(content)
-    for main, argv in ((table.main, ["r.json"]), (evaluate.main, ["--json", "r.json"])):
-        code, out, err = outcome(main, argv, capsys)
-        assert (code, out) == (2, "") and err.startswith("error: 'r.json' has no results")
-        assert err.count("\n") == 1
-    assert open("r.json", errors="surrogateescape", encoding="utf-8").read() == content
+@pytest.fixture
+def ablation(folder, monkeypatch):
+    """A short plan whose runs are made in this process; returns the list of their commands."""
+    commands = []
+
+    def run(command):
+        commands.append(command)
+        code = distill.main(command[2:])
+        return types.SimpleNamespace(returncode=code)
+
+    rows = {"none": "--K 1", "default": "", "default, guided sampler": ""}
+    monkeypatch.setattr(ablate, "ROWS", rows)
+    monkeypatch.setattr(subprocess, "run", run)
+    return commands
 
 
-@pytest.mark.parametrize("content", [lie(*keys, to=to) for keys, to in (
-    (FIRST, []), (("default",), {}), ((*FIRST, 1, "post"), None), ((*FIRST, 0, "entropy"), None),
-    ((*FIRST, 1, "steps"), None), ((*FIRST, 1, "post"), math.nan), ((*FIRST, 3, "T"), math.inf),
-    ((*FIRST, 0, "row"), "other"), (("\x1b[31m\n",), {}))])
-def test_what_was_not_measured_is_left_out(folder, capsys, content):
-    """And a label's escape sequence does not reach the terminal."""
-    with open("r.json", "w", encoding="utf-8") as f:
-        f.write(content)
-    assert not table.main(["r.json"])
-    assert "\x1b" not in capsys.readouterr().out
+def test_rows_that_differ_in_the_sampler_alone_share_a_run(ablation):
+    ablate.main([*ABLATE, "--seeds", "0"])
+
+    assert [command.count("--K") for command in ablation] == [1, 0]
+    rows = results("a.json")
+    assert rows["default"] != rows["default, guided sampler"]
 
 
-def test_tables_pair_rows_by_what_they_are(folder, capsys):
-    """Seeds whose rows stand in another order, and runs whose first row has not all columns."""
-    texts = []
-    for shuffle in (lambda rows: rows, lambda rows: rows[::-1]):
-        runs = {"default": {"0": good_run(), "1": good_run()}}
-        runs["default"]["1"]["rows"] = shuffle(runs["default"]["1"]["rows"])
-        with open("r.json", "w") as f:
-            json.dump(runs, f)
-        assert not table.main(["r.json"])
-        texts.append(capsys.readouterr().out)
-    assert texts[0] == texts[1]
-    del runs["default"]["0"]["rows"][0]["post"]
-    with open("r.json", "w") as f:
-        json.dump(runs, f)
-    assert not table.main(["r.json"])
-    assert "| post |" in capsys.readouterr().out
+def test_an_ablation_goes_on_where_it_was(ablation):
+    for label in ("default", "default, guided sampler"):
+        common.add_run("a.json", label, 0, {"flags": {}})
+
+    ablate.main([*ABLATE, "--seeds", "0"])
+
+    assert [command.count("--K") for command in ablation] == [1]
 
 
-def test_processes_add_to_one_results_file(folder):
-    """60 runs of three at the same time, none lost."""
-    def add_20(label):
-        for seed in range(20):
-            common.add_run("r.json", "sweep", label, seed, good_run())
-    children = [forked(partial(add_20, label)) for label in "abc"]
-    assert list(map(exit_code, children)) == [0, 0, 0]
-    assert sum(map(len, common.read_results("r.json", "sweep").values())) == 60
+def test_the_ablation_in_git_has_all_rows(capsys):
+    ablate.print_table(results(f"{HERE}/results/ablation.json"))
+
+    out = capsys.readouterr().out
+    assert [label for label in ablate.ROWS if f"| {label} | " not in out] == []
+
+
+@pytest.mark.parametrize("label", ablate.ROWS)
+def test_the_flags_of_the_ablation_exist(label):
+    flags = ablate.ROWS[label].split()
+
+    distill.parse_flags(flags)
+
+
+# ------------------------------------------------------------------------------- the other commands
+@pytest.mark.parametrize("what, flags, rows", [
+    ("models", "", 4), ("training", SMALL, 1), ("distillation", STUDENT, 1)])
+def test_speeds_are_measured(folder, monkeypatch, what, flags, rows):
+    models = (("student, guided", 8), ("autoregressive", None))
+    monkeypatch.setattr(bench, "MODELS", models)
+    argv = [what, *CPU, "--at_once", "3", "--times", "2", "--json", "r.json"]
+
+    bench.main([*argv, f"--flags={flags}"])
+
+    speeds = [r["tokens_per_s"] for r in rows_of_run()]
+    assert len(speeds) == rows
+    assert min(speeds) > 0
+
+
+def test_a_step_takes_what_the_log_says(monkeypatch):
+    """Of 7 updates that end after 1, 2, 4, .. 64 seconds the last two took 48."""
+    rows = [{"seconds": 2 ** k} for k in range(7)]
+    ckpt = {"flags": {"batch": 3}, "config": {"length": L}, "log": rows}
+    monkeypatch.setattr(train_teacher, "main", lambda argv: None)
+    monkeypatch.setattr(bench, "load", lambda *_: (ckpt, None))
+    args = bench.parse_flags(["training", "--times", "2"])
+
+    row, = bench.bench_training(args, None, None)
+
+    assert row["ms"] == 24000
+    assert row["tokens_per_s"] == 3 * L / 24
+
+
+def test_both_samplers_are_timed():
+    config = model.Config(11, 8, 1, 2, 8)
+
+    rows = bench.bench_sampler(None, torch.device("cpu"), False, config)
+
+    assert [r["steps"] for r in rows] == [8, 64]
+    assert min(r["ratio"] for r in rows) > 0
+
+
+def test_the_animation_is_a_gif(folder):
+    pytest.importorskip("matplotlib")
+    from experiments import animate
+
+    animate.main(["a.gif", *CPU, "--lines", "2", "--seconds", "1", "--fps", "2"])
+
+    with open("a.gif", "rb") as f:
+        assert f.read(4) == b"GIF8"
+
+
+def test_the_autoregressive_command_prints_its_texts(folder, capsys):
+    autoregressive.main([*CPU, "--num", "3"])
+
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.isprintable() for line in lines] == [True] * 4
+
+
+# ------------------------------------------------------------------------------ the shell scripts
+class Parsed(Exception):
+    pass
+
+
+def parse(script, argv, monkeypatch):
+    """Return the flags of a command, which is stopped when it has read them."""
+    real = argparse.ArgumentParser.parse_args
+
+    def parse_args(p, argv=None):
+        raise Parsed(real(p, argv))
+
+    with monkeypatch.context() as patch, pytest.raises(Parsed) as found:
+        patch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+        script.main(argv)
+    return found.value.args[0]
+
+
+@pytest.mark.parametrize("line, toy", [
+    ("reproduce.sh signatures", ""), ("reproduce.sh text a.txt", ""),
+    ("reproduce.sh proteins a.txt", ""), ("gpu.sh a.txt", ""), ("gpu.sh a.txt", "1")])
+def test_the_shell_scripts_give_flags_that_exist(tmp_path, monkeypatch, line, toy):
+    """They are run with a `python` that only notes what it is given."""
+    script, *words = line.split()
+    folder = tmp_path / "experiments"
+    folder.mkdir()
+    shutil.copy(os.path.join(HERE, script), folder)
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\nprintf "%s\\t" "$@" >> said\necho >> said\n')
+    python.chmod(0o755)
+    (tmp_path / "a.txt").touch()
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("TOY", toy)
+
+    command = ["bash", folder / script, *words]
+    subprocess.run(command, check=True, cwd=tmp_path, capture_output=True)
+
+    said = (tmp_path / "said").read_text()
+    for command in said.splitlines():
+        name, *argv = command.removeprefix("-m\t").split("\t")[:-1]
+        name = name.removesuffix(".py")
+        if name in ("-", "pytest"):
+            continue
+        args = parse(importlib.import_module(name), argv, monkeypatch)
+        if name == "experiments.bench" and args.flags:
+            script = {"training": train_teacher, "distillation": distill}[args.what]
+            parse(script, args.flags.split(), monkeypatch)

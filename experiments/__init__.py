@@ -1,1 +1,0 @@
-import data  # noqa: F401  before torch: see there
