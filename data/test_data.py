@@ -449,18 +449,6 @@ def test_dna_is_warned_of(folder, capsys):
     assert "warning: genome.fna looks like DNA" in capsys.readouterr().err
 
 
-def test_a_command_runs_where_the_locale_knows_ascii_only(folder):
-    """As `python -m`, on a file with a name and a header beyond ASCII."""
-    records = "".join(f">\u03b2\n{'MKVL' * i}\n" for i in range(30))
-    (folder / "caf\xe9.fasta").write_text(records, encoding="utf-8")
-    env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-
-    command = [sys.executable, "-m", "data.fasta", "caf\xe9.fasta"]
-    subprocess.run(command, env=os.environ | env | {"PYTHONPATH": str(HERE.parent)}, check=True)
-
-    assert corpus.load("out/caf\xe9").maker == "fasta"
-
-
 # ------------------------------------------------------------------------------------ openwebtext
 class Handler(http.server.BaseHTTPRequestHandler):
     """Serves `body` up to `cut`, from where it is asked to."""

@@ -149,17 +149,6 @@ def test_sdtt_target_comes_from_the_step_that_reveals():
     check_law(distance.argmin(1), law)
 
 
-def test_sdtt_target_leaves_visible_tokens_out():
-    table = torch.randn(16, 2, V)
-    z = torch.tensor([[MASK, 1], [0, 2]])
-    one = torch.ones(2)
-
-    target = sdtt.sdtt_target(lookup(table), z, one, one, MASK)
-
-    log_p = table[index(z[0]), :1].log_softmax(-1)
-    assert torch.allclose(target, log_p)
-
-
 def test_sdtt_is_at_rest_at_the_geometric_mean_of_the_targets():
     """The arithmetic one is an exact teacher's own prediction: there it is not."""
     teacher = exact_table(stutter(2), 2)
@@ -219,17 +208,6 @@ def test_the_seed_decides_what_is_written(folder, seed, same):
     other, _ = common.write(student, 5, 4, seed=seed, batch=2)
 
     assert torch.equal(x, other) == same
-
-
-@pytest.mark.parametrize("guided, calls", [(False, 0), (True, 1 + 1 + 4 + 4)])
-def test_the_discriminators_calls_are_counted(folder, guided, calls):
-    """It is asked once in each of two steps that tilt, then for four candidates."""
-    student = load("student")
-    student.net.lengths[:L] = 0  # long texts: nearly each step reveals something
-
-    _, cost = common.write(student, 100, 4, guided=guided)
-
-    assert cost["disc_calls"] == pytest.approx(calls, abs=0.5)
 
 
 def test_a_frequency_penalty_by_hand():
@@ -317,40 +295,6 @@ def test_what_steps_are_worth_by_hand(post, worth):
     assert found == pytest.approx(worth, nan_ok=True)
 
 
-@pytest.mark.parametrize("column", ["judge_ppl", "tv", "js3"])
-def test_less_is_better_of_three_measures(column):
-    rows = [
-        {"row": "teacher", "steps": 8, "T": 1, column: 30},
-        {"row": "teacher", "steps": 32, "T": 1, column: 10},
-        {"row": "student", "steps": 8, "T": 1, column: 20}]
-
-    worth = evaluate.steps_to_match(rows, column, 8)
-
-    assert worth == pytest.approx(16)
-
-
-def test_the_three_ways_to_compare_steps_by_hand(folder, capsys):
-    """8 steps of the student are worth 8 at temperature 1; at an entropy of 2 they have .6, three
-    fifths from .45 to .7, the teacher's 8 and 16; its 8 at .6 have a quarter from .4 to .6."""
-    rows = [
-        HELD_OUT,
-        row("teacher", 8, 2.0, 0.45, T=0.6),
-        row("student", 8, 2.1, 0.4),
-        row("student", 8, 1.9, 0.8, T=0.7)]
-    for n, post in ((4, 0.2), (8, 0.4), (16, 0.6)):
-        rows.append(row("teacher", n, 2.1, post))
-        rows.append(row("teacher", n, 1.9, post + 0.2, T=0.7))
-    write_results(rows)
-
-    lines = table(capsys)
-
-    worth = {cells[0]: cells[5] for cells in lines if "nan" in cells}
-    assert worth == {
-        "default": "8",
-        "default, equal entropy": f"{8 * 2 ** .6:.0f}",
-        "default, untrained": f"{8 * 2 ** .25:.0f}"}
-
-
 def test_rows_of_seeds_are_paired_by_what_they_are(folder, capsys):
     """The second seed's rows stand in another order, with one more and one fewer."""
     first = [row("teacher", 8, 2.0, 0.1), row("student", 8, 2.0, 0.2)]
@@ -364,17 +308,6 @@ def test_rows_of_seeds_are_paired_by_what_they_are(folder, capsys):
         ["default", "1", "teacher", "8", "1.0", "0.100", "2.000"],
         ["default", "2", "student", "8", "1.0", "0.300 +- 0.141", "2.000 +- 0.000"],
         ["default", "1", "new", "", "1.0", "0.900", "2.000"]]
-
-
-def test_seeds_that_do_not_reach_the_datas_entropy_are_left_out(folder, capsys):
-    low = row("student", 8, 1.9, 0.4, T=0.8)
-    middle = row("student", 8, 2.1, 0.4)
-    high = row("student", 8, 2.3, 0.9, T=1.2)
-    write_results([HELD_OUT, low, middle], [HELD_OUT, middle, high])
-
-    lines = table(capsys)
-
-    assert ["default", "1", "student", "8", "0.400"] in lines
 
 
 @pytest.mark.parametrize("name", ["nano", "sweep", "protein", "text_cpu"])
