@@ -125,6 +125,7 @@ def main(argv=None):
     groups = per_part("groups", args)
     G = args.G
     B = groups * G
+    n = (groups + 1) // 2 * G  # half of the groups train the discriminator: with all, `->` is lost
     regularised = args.kl > 0 or args.entropy > 0
 
     torch.manual_seed(args.seed)
@@ -185,17 +186,18 @@ def main(argv=None):
             level = level.repeat_interleave(G)  # (B,)
             w = w.repeat_interleave(G)
             if pool is None:
-                x_ref = data.batch(B, teacher.config.length, device)
+                x_ref = data.batch(n, teacher.config.length, device)
             else:
-                x_ref = pool[torch.randint(len(pool), (B,), device=device)]
+                x_ref = pool[torch.randint(len(pool), (n,), device=device)]
             z = didi.forward_mask(x, level, mask_id, pad_id)
-            z_ref = didi.forward_mask(x_ref, level, mask_id, pad_id)
+            z_ref = didi.forward_mask(x_ref, level[:n], mask_id, pad_id)
 
             # 3. Discriminator: label 1 on the reference
             text = x != pad_id  # (B, L)
-            text_ref = x_ref != pad_id
-            logits, logits_ref = disc(torch.cat((z, z_ref))).chunk(2)  # (B, L) each
-            disc_loss = didi.discriminator_loss(logits_ref, text_ref, logits, text, args.smoothing)
+            text_ref = x_ref != pad_id  # (n, L)
+            logits, logits_ref = disc(torch.cat((z, z_ref))).split((B, n))
+            disc_loss = didi.discriminator_loss(logits_ref, text_ref, logits[:n], text[:n],
+                                                args.smoothing)
             (disc_loss / args.accumulate).backward()
 
             # 4. Reward, from the logits that train the discriminator; advantage within groups
