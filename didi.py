@@ -2,26 +2,27 @@
 
 Masked diffusion (MDLM, arXiv 2406.07524) masks each token of a text x with probability t; a
 denoiser learns to fill the masks in. Sampling starts from all masks and reveals a few at a time.
-Tokens revealed in one step are drawn independently, so few steps mean incoherent text.
+Tokens revealed in one step are drawn independently, so few steps give incoherent text.
 
 DiDi-Instruct trains a few-step *student* whose samples, masked again, are distributed like a
-reference. It minimises the integral over t of w(t) KL(q_student(z_t) || q_reference(z_t)). Text is
-discrete, so the gradient is a policy gradient, and its reward, the log density ratio, comes from a
-discriminator. A reward is always maximised: the discriminator has label 1 on the reference, so its
+masked reference: it minimises the integral over t of w(t) KL(q_student(z_t) || q_reference(z_t)).
+Text is discrete, so the gradient is a policy gradient; its reward, the log density ratio, comes
+from a discriminator. The reward is always maximised: label 1 stands for the reference, so the
 logit estimates r(z_t) = log q_reference(z_t) - log q_student(z_t), and the student ascends r.
 
 x            clean token ids (B, L)
 z_t          x masked at level t (B, L)
 mask_id      the mask token
-pad_id       fills short texts up to L, is never masked or predicted; -1 if there is none
-t, tau, s    diffusion times in [0, 1], 1 = all masked: a float or (B,)
-log_p_x      log p(x_i | z_t) (n, V), at n positions picked out of (B, L)
-B, L, V      sequences, tokens in each, tokens that can be predicted
+pad_id       pads short texts to L, is never masked or predicted; -1 if there is none
+is_text      where there is a token, masked or not, and no pad (B, L) bool
+t, tau, s    diffusion times, also called levels, in [0, 1], 1 = all masked: a float or (B,)
+log_p_x      log p(x_i | z_t) (n, V), at n positions selected from (B, L)
+B, L, V      batch size, sequence length, number of tokens that can be predicted
 G, K         samples in a group, steps of a rollout
 
-The networks are any callables: denoiser(z (B, L), where (B, L) bool) -> logits (n, V) at the n True
-positions; discriminator(z) -> logits (B, L), or discriminator(z, where, probs (n, V)), where the
-tokens at `where` are soft. Random numbers are torch's own.
+The networks are any callables. denoiser(z (B, L), where (B, L) bool) -> logits (n, V) at the n True
+positions. discriminator(z) -> logits (B, L); with (z, where, probs (n, V)) the tokens at `where`
+are soft: mixtures with these probabilities. Random numbers come from torch's default generator.
 """
 import functools
 import math
@@ -37,20 +38,20 @@ def alpha(t):
 
 
 def column(t, z):
-    """Return the time t, a float or (B,), as (1, 1) or (B, 1), to go with z (B, L)."""
+    """Return the time t, a float or (B,), as (1, 1) or (B, 1), to broadcast against z (B, L)."""
     t = torch.as_tensor(t, dtype=torch.float32, device=z.device)
     return t.reshape(-1, 1)
 
 
 def forward_mask(x, t, mask_id, pad_id=-1):
-    """Draw z_t ~ q(z_t | x): each token of x (B, L) but pads is masked with chance 1 - alpha_t."""
+    """Draw z_t ~ q(z_t | x): mask each token of x (B, L), except pads, with chance 1 - alpha_t."""
     u = torch.rand(x.shape, device=x.device)
     hidden = u < 1 - alpha(column(t, x))  # (B, L)
     return x.masked_fill(hidden & (x != pad_id), mask_id)
 
 
 def low_discrepancy_times(B, device=None):
-    """Draw t_b = 1 - frac(u + b/B) (B,), in (0, 1]: each uniform, together stratified
+    """Draw t_b = 1 - frac(u + b/B) (B,) in (0, 1]: each is uniform, together they are stratified
     (arXiv 2107.00630, I.1)."""
     u = torch.rand((), device=device)
     return 1 - (u + torch.arange(B, device=device) / B) % 1
@@ -59,17 +60,19 @@ def low_discrepancy_times(B, device=None):
 def predict(denoiser, z, where, temperature=1.0):
     """Return log_p_x (n, V), float32, at the n True positions of `where`, all masked in z (B, L).
 
-    SUBS (arXiv 2406.07524): visible tokens are copied; the mask has no column, so is no outcome.
+    SUBS (arXiv 2406.07524): visible tokens stay, since callers write at `where` alone, and the mask
+    is never drawn, since it has no column. The logits are divided by `temperature`.
     """
     logits = denoiser(z, where).float()
     return F.log_softmax(logits / temperature, dim=-1)
 
 
 def nelbo(denoiser, x, mask_id, pad_id=-1, t=None):
-    """Return the bound on -log p(x | length) of x (B, L), and the loss that short runs train on.
+    """Mask x (B, L) once at t (B,), drawn if None; return (bound, loss).
 
-    The bound, nats per text token, is E_t E_{z_t} (1/t) * sum over masked i of -log p(x_i | z_t).
-    The loss is the unweighted mean over masks: it has the same minimiser and less noise. t is (B,).
+    bound estimates an upper bound on -log p(x | length), nats per text token:
+    E_t E_{z_t} (1/t) * sum over masked i of -log p(x_i | z_t). loss, which training descends, is
+    the unweighted mean over masks: it has the same minimiser and less noise.
     """
     if t is None:
         t = low_discrepancy_times(len(x), x.device)
@@ -90,10 +93,10 @@ def nelbo(denoiser, x, mask_id, pad_id=-1, t=None):
 def draw(log_p_x, num=1):
     """Draw `num` independent tokens (n, num) from each row of log_p_x (n, V).
 
-    The cumulative distribution is inverted in float64, so no tail is lost. Raises
+    The cumulative distribution is inverted in float64, which keeps its tail. Raises
     FloatingPointError if a row is NaN.
     """
-    if log_p_x[:, 0].isnan().any():  # log_softmax makes a whole row NaN for one NaN or +infinity
+    if log_p_x[:, 0].isnan().any():  # one NaN or +infinity makes log_softmax's whole row NaN
         raise FloatingPointError("the network's output is not finite: its weights have diverged")
 
     n, V = log_p_x.shape
@@ -101,13 +104,13 @@ def draw(log_p_x, num=1):
     total = cdf[:, -1:]  # 1 but for rounding
     u = torch.rand(n, num, dtype=torch.float64, device=cdf.device)
     first_above = torch.searchsorted(cdf, u * total, right=True)
-    return first_above.clamp(max=V - 1)
+    return first_above.clamp(max=V - 1)  # u * total may be rounded up to total
 
 
 def reveal_positions(z, t, s, mask_id):
-    """Draw which masked positions (B, L) of z a step t -> s reveals: each with chance (t - s)/t.
+    """Draw which masks of z (B, L) a step t -> s reveals, (B, L) bool: each with chance (t - s)/t.
 
-    That does not depend on the content, so it is drawn before the network runs: "reveal first".
+    This does not depend on the content, so it is drawn before the network runs: "reveal first".
     """
     alpha_t = alpha(column(t, z))
     alpha_s = alpha(column(s, z))
@@ -117,11 +120,12 @@ def reveal_positions(z, t, s, mask_id):
 
 
 def ancestral_step(denoiser, z, t, s, mask_id, temperature=1.0, choose=None):
-    """Take one exact reverse step from z_t = z (B, L). Returns z_s and (B,) bool: rows with a call.
+    """Take one exact reverse step of the model, from z_t = z (B, L) to z_s.
 
-    choose(z, where, log_p_x) -> z_s takes the place of independent draws. The usual categorical
-    over V + 1 outcomes has the same law, but in float32 truncates small probabilities
-    (arXiv 2409.02908).
+    Returns z_s (B, L) and called (B,) bool: the rows that reveal a token, for which the denoiser
+    runs. choose(z, where, log_p_x (n, V)) -> z_s, for those rows alone, replaces the independent
+    draws. Positions are drawn before tokens: the usual categorical over V + 1 outcomes has the same
+    law, but truncates small probabilities in float32 (arXiv 2409.02908).
     """
     reveal = reveal_positions(z, t, s, mask_id)
     called = reveal.any(dim=1)  # (B,)
@@ -139,18 +143,18 @@ def ancestral_step(denoiser, z, t, s, mask_id, temperature=1.0, choose=None):
 
 
 def time_grid(steps):
-    """Return steps + 1 equally spaced times from 1 to 0. Raises ValueError below one step."""
+    """Return steps + 1 equally spaced times from 1 to 0. Raises ValueError if steps < 1."""
     if steps < 1:
-        raise ValueError(f"steps is {steps}, but sampling needs at least 1")
+        raise ValueError(f"steps is {steps}, but must be at least 1")
     return [1 - k / steps for k in range(steps)] + [0.0]
 
 
 @torch.no_grad()
 def sample(denoiser, z, steps, mask_id, temperature=1.0, on_step=None):
-    """Fill the masks of z (B, L) in `steps` ancestral steps; the last, to 0, reveals all.
+    """Fill the masks of z (B, L) in `steps` ancestral steps; the last, to 0, reveals the rest.
 
-    Returns x (B, L) and nfe (B,), the denoiser calls of each text: at most `steps`, and at most its
-    masks. on_step(z_s) is called after each step.
+    Returns x (B, L) and nfe (B,), the denoiser calls per text: at most `steps`, and at most the
+    number of its masks. on_step(z_s) is called after each step.
     """
     times = time_grid(steps)
     nfe = torch.zeros_like(z[:, 0])
@@ -163,16 +167,16 @@ def sample(denoiser, z, steps, mask_id, temperature=1.0, on_step=None):
 
 
 # ------------------------------------------------------ 1. rollout with intermediate-state matching
-def draw_levels(B, K, device=None):
-    """Draw levels 1 = l_0 > l_1 > .. > l_K = 0 of K-step rollouts, (K + 1, B); tau and pi (B,).
+def draw_levels(n, K, device=None):
+    """Draw levels 1 = l_0 > .. > l_K = 0 of n K-step rollouts: (K + 1, n); return tau, pi (n,) too.
 
-    Each level between is uniform below the one before, within [.02, .98] of it. tau is the last of
-    them and pi its density, given the one before. A rollout of one step has no level between; then
-    tau only says at which level x is masked again.
+    Each intermediate level is u times the one before, u uniform but clamped to [.02, .98]. tau is
+    the last of them and pi its density, given the one before, without the clamp. A one-step rollout
+    has no intermediate level; its tau is only the level at which x is masked again.
     """
-    levels = [torch.ones(B, device=device)]
+    levels = [torch.ones(n, device=device)]
     for _ in range(max(K - 1, 1)):
-        u = torch.rand(B, device=device).clamp(0.02, 0.98)
+        u = torch.rand(n, device=device).clamp(0.02, 0.98)
         levels.append(levels[-1] * u)
     tau = levels[-1]
     pi = 1 / levels[-2]
@@ -181,11 +185,12 @@ def draw_levels(B, K, device=None):
 
 
 def rollout(student, z, levels, mask_id, keep_states=False):
-    """Complete z (B, L) along levels (K + 1, B), as `sample` does, with gradients.
+    """Fill the masks of z (B, L) along levels (K + 1, B), as `sample` does, with gradients.
 
-    Returns x (B, L); log_prob (B,), the sum of log p(token) over the positions revealed in all
-    steps, which is log p_student(x) with intermediate-state matching; and, for `regularisers`, the
-    K states as pairs (z (B, L), log_p_x (n, V) at its n masks), if they are to be kept.
+    Returns x (B, L); log_prob (B,), the sum of log p(token) over the positions revealed in all K
+    steps: the path's log probability, which the policy gradient needs (intermediate-state
+    matching); and, if keep_states, the K states for `regularisers`, pairs (z (B, L), log_p_x (n, V)
+    at its n masks), else [].
     """
     log_prob = torch.zeros(len(z), device=z.device)
     states = []
@@ -195,7 +200,8 @@ def rollout(student, z, levels, mask_id, keep_states=False):
             masked = z == mask_id
             log_p_x = predict(student, z, masked)  # (n, V)
             states.append((z, log_p_x))
-            log_p_revealed = log_p_x[reveal[masked]]  # (m, V)
+            revealed = reveal[masked]  # (n,) bool: which of the masks this step reveals
+            log_p_revealed = log_p_x[revealed]  # (m, V)
         else:
             log_p_revealed = predict(student, z, reveal)
 
@@ -207,54 +213,57 @@ def rollout(student, z, levels, mask_id, keep_states=False):
     return z, log_prob, states
 
 
-# ------------------------------------------------------------------ 3. discriminator and 4. reward
-def mean_over_text(values, text):
-    """Return the mean (B,) of `values` (B, L) where `text` (B, L) is True; 0 where it never is."""
-    count = text.sum(1).clamp(min=1)
-    return (values * text).sum(1) / count
+# ---------------------------------------------- 2. is forward_mask; 3. discriminator and 4. reward
+def mean_over_text(values, is_text):
+    """Return the mean (B,) of `values` (B, L) where is_text (B, L) is True; 0 without text."""
+    count = is_text.sum(1).clamp(min=1)
+    return (values * is_text).sum(1) / count
 
 
-def cross_entropy(logits, text, label):
-    """Return the binary cross-entropy, nats, of logits (B, L) with one label: the mean over text,
+def binary_cross_entropy(logits, is_text, label):
+    """Return the binary cross-entropy, nats, of logits (B, L) against `label`: the mean over text,
     then over sequences."""
     labels = torch.full_like(logits, label, dtype=torch.float32)
     loss = F.binary_cross_entropy_with_logits(logits.float(), labels, reduction="none")
-    return mean_over_text(loss, text).mean()
+    return mean_over_text(loss, is_text).mean()
 
 
-def discriminator_loss(logits_ref, text_ref, logits_student, text_student, smoothing=0.0):
-    """Return the loss with label 1 on the reference; logits and text are (B, L).
+def discriminator_loss(logits_ref, is_text_ref, logits, is_text, smoothing=0.0):
+    """Return the loss, nats, with label 1 for the reference; all four are (B, L).
 
-    With smoothing e the labels are 1 - e and e, which bound the optimal logit at log((1 - e)/e).
+    Smoothing e makes the labels 1 - e and e, which bounds the optimal |logit| by log((1 - e)/e).
     """
-    loss_ref = cross_entropy(logits_ref, text_ref, 1 - smoothing)
-    loss_student = cross_entropy(logits_student, text_student, smoothing)
+    loss_ref = binary_cross_entropy(logits_ref, is_text_ref, 1 - smoothing)
+    loss_student = binary_cross_entropy(logits, is_text, smoothing)
     return (loss_ref + loss_student) / 2
 
 
-def reward(logits, text, clip=8.0):
-    """Return r(z) (B,), nats, detached: the mean of logits (B, L) over text, clipped."""
-    r = mean_over_text(logits.detach().float(), text)
+def reward(logits, is_text, clip=8.0):
+    """Return r(z) (B,), nats, detached: the mean of logits (B, L) over text, clipped to +-clip."""
+    r = mean_over_text(logits.detach().float(), is_text)
     return r.clamp(-clip, clip)
 
 
 def ratio_power(r, a):
-    """Return ((q_ref/q_student)^a - 1)/a of the log ratio r (B,), which is r for a = 0.
+    """Return R = (exp(a r) - 1)/a (B,) for r (B,), the log of q_ref/q_student; R = r if a is 0.
 
-    As a bare reward it descends KL(q_student || q_ref) for a = 0 (the paper), KL(q_ref ||
-    q_student) for 1, chi^2(q_ref || q_student)/2 for 2.
+    Without groups the policy gradient of R descends KL(q_student || q_ref) for a = 0 (the paper),
+    KL(q_ref || q_student) for a = 1, chi^2(q_ref || q_student)/2 for a = 2.
     """
     if a == 0:
         return r
     return torch.expm1(a * r) / a
 
 
-def grouped_advantage(r, G, clip=3.0, eps=1e-4):
-    """Return A = (r - mean)/(std + eps) within groups, clipped, of r (B,), groups side by side."""
-    r = r.view(-1, G)
-    r = r - r[:, :1]  # so that equal rewards are 0, whatever the rounding of their mean
-    centred = r - r.mean(1, keepdim=True)
-    std = r.std(1, correction=0, keepdim=True)
+def grouped_advantage(R, G, clip=3.0, eps=1e-4):
+    """Return A = (R - mean)/(std + eps) (B,), clipped, for rewards R (B,).
+
+    The mean and std are those of a group: G rewards that follow one another.
+    """
+    group = R.view(-1, G)
+    group = group - group[:, :1]  # makes equal rewards exactly 0, however their mean is rounded
+    centred = group - group.mean(1, keepdim=True)
+    std = group.std(1, correction=0, keepdim=True)
     A = centred / (std + eps)
     return A.clamp(-clip, clip).flatten()
 
@@ -266,8 +275,10 @@ def weight(t):
 
 
 def policy_loss(log_prob, advantage, w, length):
-    """Return the REINFORCE loss per text token; log_prob, advantage and w are (B,), length is the
-    mean of the texts'. Its negative gradient is E[w * A * grad log p_student(x)] / length."""
+    """Return the REINFORCE loss per text token, for log_prob, advantage A and weight w (B,).
+
+    Its negative gradient is E[w * A * grad log_prob] / length; length is the texts' mean length.
+    """
     return -(w * advantage.detach() * log_prob).mean() / length
 
 
@@ -282,8 +293,8 @@ def entropy(log_p):
 
 
 def regularisers(states, teacher, mask_id):
-    """Return KL(teacher || student) and the student's entropy, nats per mask, of a rollout's
-    states; means over the masks of a state, then over states."""
+    """Return KL(teacher || student) and the student's entropy, nats per mask, for the states of a
+    rollout: means over the masks of each state, then over states."""
     total_kl = total_entropy = 0.0
     for z, log_p_x in states:
         log_p_teacher = predict(teacher, z, z == mask_id)  # (n, V)
@@ -302,15 +313,14 @@ def update_ema(average, student, decay):
 
 # ------------------------------------------------------- reward-guided ancestral sampler (RGAS)
 def tilted(z, where, log_p_x, discriminator, pad_id, h):
-    """Draw z_s (B, L): tokens at `where`, n positions of z, from log_p_x (n, V) + h * dr/dp.
+    """Draw z_s (B, L): the tokens at `where` come from softmax(log_p_x (n, V) + h * dr/dp).
 
-    dr/dp is the gradient of the reward by the tokens' probabilities, at p(x_i | z_t), the mean
-    token: h = 1 is p_student * exp(r) to first order.
+    dr/dp (n, V) is the gradient of the reward by the probabilities of soft tokens, taken at
+    p(x_i | z_t). To first order, h = 1 draws from p_student * exp(r).
     """
     probs = log_p_x.exp().detach().requires_grad_()
-    shown = z.masked_fill(where, 0)  # which token stands at `where` does not matter
     with torch.enable_grad():
-        logits = discriminator(shown, where, probs).float()
+        logits = discriminator(z, where, probs).float()
         r = mean_over_text(logits, z != pad_id)
         grad, = torch.autograd.grad(r.sum(), probs)
     tilted_log_p = F.log_softmax(log_p_x + h * grad, -1)
@@ -318,22 +328,22 @@ def tilted(z, where, log_p_x, discriminator, pad_id, h):
 
 
 def reranked(z, where, log_p_x, discriminator, pad_id, M):
-    """Draw z_s (B, L): one of M candidates that differ at `where`, chosen by softmax of r."""
+    """Draw z_s (B, L): M candidates differ at `where`; one is kept, with probability softmax(r)."""
     B, L = z.shape
-    candidates = z[:, :, None].repeat(1, 1, M)
-    candidates[where] = draw(log_p_x, M)  # (n, M)
-    candidates = candidates.transpose(1, 2).reshape(B * M, L)
+    candidates = z[:, :, None].repeat(1, 1, M)  # (B, L, M)
+    candidates[where] = draw(log_p_x, M)
+    rows = candidates.transpose(1, 2).reshape(B * M, L)  # M rows of a text, then of the next
 
-    r = reward(discriminator(candidates), candidates != pad_id, clip=math.inf)
+    r = reward(discriminator(rows), rows != pad_id, clip=math.inf)  # clipped ones would tie
     choice = draw(F.log_softmax(r.view(B, M), -1))  # (B, 1)
-    first = torch.arange(0, B * M, M, device=z.device)  # of each text's candidates
-    return candidates[first + choice[:, 0]]
+    first = torch.arange(0, B * M, M, device=z.device)  # the row of each text's first candidate
+    return rows[first + choice[:, 0]]
 
 
 @torch.no_grad()
 def guided_sample(denoiser, discriminator, z, steps, mask_id, pad_id=-1, temperature=1.0, h=1.0,
                   M=4, switch=0.5, on_step=None):
-    """Fill the masks of z (B, L): tilt in the first `switch` share of the steps, then re-rank.
+    """Fill the masks of z (B, L): tilt in the first fraction `switch` of the steps, then re-rank.
 
     Returns x (B, L), nfe (B,) and disc_calls (B,), the discriminator's passes: 1 (with a backward
     pass) to tilt, M to re-rank.

@@ -1,7 +1,7 @@
 """distill.py - DiDi-Instruct (arXiv 2509.25035): distil the teacher into a few-step student.
 
     python distill.py                       # out/teacher.pt -> out/student.pt, minutes on a CPU
-    python distill.py --paper               # the paper's own objective, at our size
+    python distill.py --paper               # the paper's objective, at our size
     torchrun --standalone --nproc_per_node=8 distill.py
 
 The loop in `main` is the algorithm, numbered as in the README. Left out on purpose: replay of old
@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 import didi
 from data import corpus, quality
-from model import (COUNT, FRACTION, RANK, RATE, SIZE, Discriminator, add_run_flags, agree, between,
-                   catch_signals, check_output, descend, fraction_done, load, log, make_parser,
-                   parse_run, per_part, restore, run, save, setup)
+from model import (COUNT, FRACTION, NATURAL, POSITIVE, RANK, Discriminator, add_run_flags, agree,
+                   between, catch_signals, check_output, descend, fraction_done, load, log,
+                   make_parser, parse_run, per_part, restore, run, save, setup)
 
 PAPER = {
     "groups": 32, "G": 4, "K": 2,
@@ -29,6 +29,7 @@ PAPER = {
 
 
 def parse_flags(argv=None):
+    """Return the flags and, with --resume, the checkpoint to go on from, else None."""
     p = make_parser(__doc__)
     on_off = argparse.BooleanOptionalAction
 
@@ -39,78 +40,86 @@ def parse_flags(argv=None):
         help="the paper's objective: sets the defaults of the flags below")
 
     add = p.add_argument_group("1. rollout").add_argument
-    add("--groups", type=SIZE, default=16, help="groups per update")
+    add("--groups", type=NATURAL, default=16, help="groups per update")
     add("--G", type=between(2, 2 ** 20, int), default=8, help="samples per group")
-    add("--K", type=SIZE, default=3, help="steps of a rollout; 1: no intermediate-state matching")
+    add("--K", type=NATURAL, default=3,
+        help="steps of a rollout; 1: no intermediate-state matching")
 
     add = p.add_argument_group("2. noise and 3. discriminator").add_argument
-    add("--reference", choices=("data", "teacher"), default="data", help="what has label 1")
-    add("--coupled", action=on_off, default=True, help="noise x at the rollout's tau; no: U(0, 1)")
+    add("--reference", choices=("data", "teacher"), default="data", help="what gets label 1")
+    add("--coupled", action=on_off, default=True, help="mask x at the rollout's tau; no: U(0, 1)")
     add("--smoothing", type=between(0, 0.49), default=0.0, help="e: labels are 1 - e and e")
-    add("--disc_blocks", type=COUNT, default=3, help="last blocks of its trunk that train")
-    add("--disc_lr", type=RATE, help="its learning rate; None: 10 times the student's")
+    add("--disc_blocks", type=COUNT, default=3, help="how many of its last blocks train")
+    add("--disc_lr", type=POSITIVE, help="its learning rate; None: 10 times the student's")
     add("--disc_warmup", type=COUNT, default=100, help="updates of the discriminator alone")
 
     add = p.add_argument_group("4. reward and advantage").add_argument
     add("--power", type=between(0, 4), default=2.0,
-        help="a: the reward is (ratio**a - 1)/a of the density ratio, or its log if a is 0")
-    add("--group_norm", action=on_off, default=True, help="advantage; no: the bare reward")
-    add("--eps", type=RATE, default=0.1, help="A = (R - mean)/(std + eps)")
+        help="a: the reward is (ratio**a - 1)/a, ratio the density ratio; 0: log(ratio)")
+    add("--group_norm", action=on_off, default=True, help="normalise in groups; no: bare reward")
+    add("--eps", type=POSITIVE, default=0.1, help="A = (R - mean)/(std + eps)")
 
     add = p.add_argument_group("5. student").add_argument
-    add("--temperature", type=RATE, default=0.6, help="the student begins as the teacher at this")
-    add("--w", action=on_off, default=False, help="weight 1/t at the level t of the reward")
-    add("--pi", action=on_off, default=False, help="if coupled: divide by tau's density")
+    add("--temperature", type=POSITIVE, default=0.6,
+        help="the student starts as the teacher at this temperature")
+    add("--w", action=on_off, default=False, help="weight 1/t, t the level of the reward")
+    add("--pi", action=on_off, default=False, help="if coupled: divide by the density of tau")
     add("--kl", type=FRACTION, default=0.0, help="weight of KL(teacher || student), per mask")
     add("--entropy", type=FRACTION, default=0.0, help="weight of the entropy bonus, per mask")
-    add("--lr", type=RATE, help="falls to a tenth; None: 6e-4 of the teacher's RMS weight")
+    add("--lr", type=POSITIVE, help="falls to a tenth; None: 6e-4 times the teacher's RMS weight")
     add("--ema", type=FRACTION, default=0.99, help="decay of the weight average that is sampled")
-    add("--updates", type=SIZE, default=300, help="updates of the student")
+    add("--updates", type=NATURAL, default=300, help="updates of the student")
     add_run_flags(p, out="out/student.pt", eval_every=60)
 
-    given = p.parse_args(argv)
+    given = p.parse_args(argv)  # to see --paper; parsed again below, so that given flags win
     if given.paper:
         p.set_defaults(**PAPER)
     return parse_run(p, argv)
 
 
 def load_teacher(args, device, bf16):
-    """Return the teacher of --teacher and the Corpus of --data, by default the teacher's own."""
+    """Return the teacher and the Corpus of --data; set args.data, if None, to the teacher's own.
+
+    Raises ValueError if they do not fit.
+    """
     ckpt, teacher = load(args.teacher, "teacher", device=device, bf16=bf16)
     if args.data is None:
         args.data = ckpt["flags"]["data"]
     data = corpus.load(args.data)
     config = teacher.config
-    length = config.length if config.pads else 0
+    length = config.length if config.pads else 0  # of a row; 0: packed
     data.check_fits(args.teacher, ckpt["tokenizer"], length, config.framed)
     return teacher, data
 
 
 def rms_of_matrices(net):
-    """Return the root mean square of the weights in the blocks' matrices: AdamW moves each weight
-    by about its learning rate, so that rate is set in this measure."""
+    """Return the root mean square of the weights in the blocks' matrices.
+
+    AdamW moves each weight by about the learning rate, so the default rate is a share of this.
+    """
     matrices = [p.flatten() for p in net.blocks.parameters() if p.dim() == 2]
     weights = torch.cat(matrices)
     return weights.square().mean().sqrt().item()
 
 
-def write(net, num, steps):
-    """Return `num` texts (num, L) that a network writes in `steps` steps."""
+def draw_texts(net, num, steps):
+    """Return `num` texts, token ids (num, L), sampled in `steps` steps."""
     parts = []
-    for z in net.start(net.draw_lengths(num)).split(32):
-        x, _ = didi.sample(net, z, steps, net.config.mask_id)
+    z = net.start(net.draw_lengths(num))
+    for part in z.split(32):  # bounds the memory
+        x, _ = didi.sample(net, part, steps, net.config.mask_id)
         parts.append(x)
     return torch.cat(parts)
 
 
 def validate(student, data, device):
-    """Return measures of samples in 4, 8 and 16 steps, with fixed random numbers."""
+    """Return {"NAME@STEPS": measure} of samples in 4, 8 and 16 steps, with fixed random numbers."""
     row = {}
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(4321)
         for steps in (4, 8, 16):
-            measures = quality.shown(write(student, 128, steps), data)
-            for name, value in measures.items():
+            x = draw_texts(student, 128, steps)
+            for name, value in quality.shown(x, data).items():
                 row[f"{name}@{steps}"] = value
     return row
 
@@ -125,16 +134,16 @@ def main(argv=None):
     groups = per_part("groups", args)
     G = args.G
     B = groups * G
-    n = (groups + 1) // 2 * G  # half of the groups train the discriminator: with all, `->` is lost
+    n = (groups + 1) // 2 * G  # the discriminator trains on half: on all, students avoid `->` more
     regularised = args.kl > 0 or args.entropy > 0
 
     torch.manual_seed(args.seed)
     pool = None
     if args.reference == "teacher":
         parts = tqdm(range(32), desc="teacher samples", disable=RANK > 0)
-        pool = torch.cat([write(teacher, 64, steps=64) for _ in parts])
+        pool = torch.cat([draw_texts(teacher, 64, steps=64) for _ in parts])
 
-    # the student and its average begin as the teacher at --temperature
+    # the student and its average start as the teacher at --temperature
     if args.lr is None:
         args.lr = 6e-4 * rms_of_matrices(teacher)
     if args.disc_lr is None:
@@ -152,29 +161,29 @@ def main(argv=None):
     if ckpt is not None:
         restore(ckpt, args.out, nets)
         step, seconds, rows = ckpt["step"], ckpt["seconds"], ckpt["log"]
-    if RANK > 0:  # every process has its own random numbers
+    if RANK > 0:  # only now: the same numbers above made the networks of all processes alike
         torch.manual_seed(args.seed + 1000 * RANK + step)
 
-    came, stop = catch_signals(), 0
+    signals, stop = catch_signals(), 0
     begin = time.perf_counter() - seconds
-    done = fraction_done(args, step - args.disc_warmup, seconds)
-    if done == 1:
-        print(f"{args.out} has had its time: give more --updates or --minutes")
+    progress = fraction_done(args, step - args.disc_warmup, seconds)
+    if progress == 1:
+        print(f"{args.out} is already trained: give more --updates or --minutes")
     bar = tqdm(desc=args.out, total=args.disc_warmup + args.updates, initial=step,
                disable=RANK > 0)
-    while done < 1 and not stop:
+    while progress < 1 and not stop:
         moving = step >= args.disc_warmup  # until then only the discriminator learns
 
         for _ in range(args.accumulate):
             # 1. Rollout with intermediate-state matching: z_1 -> z_tau -> x, in groups of G
             lengths = teacher.draw_lengths(groups)
             z_1 = teacher.start(lengths.repeat_interleave(G))  # (B, L)
-            levels, tau, pi = didi.draw_levels(groups, args.K, device)
+            levels, tau, pi = didi.draw_levels(groups, args.K, device)  # the last two (groups,)
             levels = levels.repeat_interleave(G, dim=1)  # (K + 1, B)
             with torch.set_grad_enabled(moving):
                 x, log_prob, states = didi.rollout(student, z_1, levels, mask_id, regularised)
 
-            # 2. Mask x again, at tau (coupled time) or at a level of its own; a reference alike
+            # 2. Mask x again, at tau (coupled time) or at a random level; a reference at the same
             level = tau  # (groups,)
             if not args.coupled:
                 level = torch.rand_like(tau)
@@ -184,7 +193,7 @@ def main(argv=None):
             if args.pi and args.coupled:
                 w = w / pi
             level = level.repeat_interleave(G)  # (B,)
-            w = w.repeat_interleave(G)
+            w = w.repeat_interleave(G)  # (B,)
             if pool is None:
                 x_ref = data.batch(n, teacher.config.length, device)
             else:
@@ -193,22 +202,23 @@ def main(argv=None):
             z_ref = didi.forward_mask(x_ref, level[:n], mask_id, pad_id)
 
             # 3. Discriminator: label 1 on the reference
-            text = x != pad_id  # (B, L)
-            text_ref = x_ref != pad_id  # (n, L)
+            is_text = x != pad_id  # (B, L)
+            is_text_ref = x_ref != pad_id  # (n, L)
             logits, logits_ref = disc(torch.cat((z, z_ref))).split((B, n))
-            disc_loss = didi.discriminator_loss(logits_ref, text_ref, logits[:n], text[:n],
+            disc_loss = didi.discriminator_loss(logits_ref, is_text_ref, logits[:n], is_text[:n],
                                                 args.smoothing)
             (disc_loss / args.accumulate).backward()
 
             # 4. Reward, from the logits that train the discriminator; advantage within groups
-            r = didi.reward(logits, text)  # (B,)
-            advantage = didi.ratio_power(r, args.power)
+            r = didi.reward(logits, is_text)  # (B,)
+            R = didi.ratio_power(r, args.power)
+            advantage = R
             if args.group_norm:
-                advantage = didi.grouped_advantage(advantage, G, eps=args.eps)
+                advantage = didi.grouped_advantage(R, G, eps=args.eps)
 
             # 5. Student: policy gradient, KL to the teacher, entropy bonus
             if moving:
-                loss = didi.policy_loss(log_prob, advantage, w, length=text.sum() / B)
+                loss = didi.policy_loss(log_prob, advantage, w, is_text.sum() / B)
                 if regularised:
                     kl, entropy = didi.regularisers(states, teacher, mask_id)
                     loss = loss + args.kl * kl - args.entropy * entropy
@@ -217,15 +227,15 @@ def main(argv=None):
         # step
         disc_norm = descend(disc, args.disc_lr, disc_opt)
         if moving:
-            norm = descend(student, args.lr * (1 - 0.9 * done), opt)
+            norm = descend(student, args.lr * (1 - 0.9 * progress), opt)
             didi.update_ema(average, student, args.ema)
         step += 1
 
         # log, table, checkpoint
-        seconds, stop = agree(time.perf_counter() - begin, came[-1])
+        seconds, stop = agree(time.perf_counter() - begin, signals[-1])
         updates = step - args.disc_warmup
-        done = fraction_done(args, updates, seconds)
-        r_ref = didi.reward(logits_ref, text_ref)
+        progress = fraction_done(args, updates, seconds)
+        r_ref = didi.reward(logits_ref, is_text_ref)
         correct = torch.cat((r_ref > 0, r < 0)).float()
         spread = r.view(-1, G).std(1, correction=0)
         row = {"step": step, "seconds": seconds, "disc_loss": disc_loss.item(),
@@ -237,7 +247,7 @@ def main(argv=None):
             row |= {"kl": kl.item(), "entropy": entropy.item()}
         log(rows, bar, row)
 
-        table = done == 1 or (moving and updates % args.eval_every == 0)
+        table = progress == 1 or (moving and updates % args.eval_every == 0)
         if table and RANK == 0:
             row = {"step": step} | validate(average, data, device)
             log(rows, bar, row, table=True)

@@ -1,7 +1,7 @@
-"""model.py - the networks; below a rule, what the scripts share whatever the method.
+"""model.py - the networks; below the double rule, what all scripts share.
 
-The denoiser is a bidirectional transformer. It takes no time input: how many tokens are masked
-tells the noise level (arXiv 2409.02908). The method does not need this file: see didi.py.
+The denoiser is a bidirectional transformer. It takes no time input: the number of masks tells it
+the noise level (arXiv 2409.02908). The method in didi.py does not need this file.
 """
 import argparse
 import copy
@@ -19,21 +19,21 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
-RANK = int(os.environ.get("RANK", 0))  # of torchrun
+RANK = int(os.environ.get("RANK", 0))  # set by torchrun
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 
 @dataclass(frozen=True)
 class Config:
-    """The network's shape; stored in every checkpoint."""
-    vocab_size: int = 257  # the tokenizer's tokens; the mask is one more
+    """Describe the network's shape; every checkpoint stores it."""
+    vocab_size: int = 257  # the tokenizer's tokens, without the mask
     length: int = 48       # L, tokens per sequence
     n_layer: int = 3
     n_head: int = 4        # H
     n_embd: int = 128      # D
     causal: bool = False   # the autoregressive baseline: position i sees 0..i only
-    pads: bool = False     # sequences are short texts, filled up with the tokenizer's last token
-    framed: bool = False   # packed text whose every sequence begins and ends with that token
+    pads: bool = False     # sequences are short texts, padded with the tokenizer's last token
+    framed: bool = False   # packed text; every sequence begins and ends with that token
 
     @property
     def mask_id(self):
@@ -41,7 +41,7 @@ class Config:
 
     @property
     def pad_id(self):
-        """The token that fills short texts up, or -1 where text is packed."""
+        """Return the token that pads short texts, or -1 if text is packed."""
         return self.vocab_size - 1 if self.pads else -1
 
 
@@ -82,12 +82,12 @@ class Block(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """The network: z (B, L) -> logits over V tokens, which are all but the mask and the pad.
+    """Map z (B, L) to logits over the V tokens, all except the mask and the pad.
 
-    A causal model predicts the pad, too: its first one ends the text. The buffer `lengths` (L + 1,)
-    is the distribution of the texts' lengths: the length comes first.
+    A causal model also predicts the pad: the first one ends the text. The buffer `lengths` (L + 1,)
+    is the distribution of text lengths: a text's length is drawn first.
     """
-    bf16 = False  # autocast of matrix products; weights, residuals, softmax and losses are float32
+    bf16 = False  # autocast matrix products; weights, residuals, softmax and losses stay float32
 
     def __init__(self, config):
         super().__init__()
@@ -105,11 +105,12 @@ class Denoiser(nn.Module):
         angle = torch.outer(torch.arange(L), 1e4 ** (-torch.arange(half) / half))
         self.register_buffer("cos", angle.cos(), persistent=False)  # (L, D/H/2)
         self.register_buffer("sin", angle.sin(), persistent=False)
+        # all L, until train_teacher.py fills it
         self.register_buffer("lengths", F.one_hot(torch.tensor(L), L + 1).float())
 
-        std = 0.57 / D ** 0.5  # .05 at D = 128: sooner off the unigram plateau; .02 at D = 768
+        std = 0.57 / D ** 0.5  # .05 at D = 128 leaves the unigram plateau sooner; .02 at D = 768
         for name, p in self.named_parameters():
-            if name.endswith(("proj.weight", "down.weight")):  # what is added to the residual
+            if name.endswith(("proj.weight", "down.weight")):  # these add to the residual stream
                 nn.init.normal_(p, std=std / (2 * config.n_layer) ** 0.5)
             elif p.dim() == 2:
                 nn.init.normal_(p, std=std)
@@ -123,13 +124,13 @@ class Denoiser(nn.Module):
             return self.norm(h)
 
     def forward(self, z, where=...):
-        """Return raw logits (n, V) at the n True positions of `where` (B, L), or all (B, L, V)."""
+        """Return logits (n, V) at the n True positions of `where` (B, L), or all (B, L, V)."""
         h = self.trunk(self.embed(z))[where]
         with torch.autocast(h.device.type, torch.bfloat16, enabled=self.bf16):
             return self.out(h)
 
     def draw_lengths(self, n):
-        """Draw n lengths (n,) from the distribution of the training texts' lengths."""
+        """Draw n lengths (n,) from those of the training texts."""
         return torch.multinomial(self.lengths, n, replacement=True)
 
     def start(self, lengths):
@@ -139,9 +140,10 @@ class Denoiser(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """A copy of the *loaded* teacher, frozen but for its last blocks, with a spectral-norm head.
+    """Score each position: a copy of the trained teacher with a new, spectrally normalised head.
 
-    It gives one logit per position; the optimum is log q_reference(z_t) - log q_student(z_t).
+    Only its last blocks, its norm and the head train. The optimal logit is
+    log q_reference(z_t) - log q_student(z_t).
     """
 
     def __init__(self, teacher, trainable_blocks=0):
@@ -156,24 +158,24 @@ class Discriminator(nn.Module):
                                    spectral_norm(nn.Linear(D, 1)))
 
     def forward(self, z, where=None, probs=None):
-        """Return logits (B, L) for z (B, L), whose tokens at the n True positions of `where` are
-        soft if they are given: probs (n, V)."""
+        """Return logits (B, L) for z (B, L); probs (n, V), if given, are soft tokens that replace
+        those at the n True positions of `where`."""
         e = self.body.embed(z)  # (B, L, D)
         if where is not None:
             e[where] = (probs @ self.body.embed.weight[:probs.shape[1]]).to(e.dtype)
         return self.score(self.body.trunk(e)).squeeze(-1)
 
 
-# ===================================================== what the scripts share, whatever the method
+# ===================================================== what all scripts share, whatever the method
 def make_parser(doc):
-    """Return a parser that shows every default; what it refuses is one line."""
+    """Return a parser whose help shows every default and whose errors are one line."""
     return argparse.ArgumentParser(
         description=doc, usage=argparse.SUPPRESS,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
 
 def between(low, high, kind=float):
-    """Return a type for argparse: numbers from `low` to `high`."""
+    """Return an argparse type that accepts numbers from `low` to `high`."""
     def number(text):
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not between {low:,} and {high:,}")
@@ -183,8 +185,8 @@ def between(low, high, kind=float):
 
 
 COUNT = between(0, 10 ** 9, int)
-SIZE = between(1, 10 ** 9, int)
-RATE = between(1e-9, 1e6)
+NATURAL = between(1, 10 ** 9, int)
+POSITIVE = between(1e-9, 1e6)
 FRACTION = between(0, 1)
 
 
@@ -193,25 +195,26 @@ def add_device_flags(p):
     add = p.add_argument_group("machine").add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     add("--bf16", action=argparse.BooleanOptionalAction,
-        help="matrix products in bfloat16; None: where the hardware is fast at it")
-    add("--seed", type=COUNT, default=0, help="repeats a run exactly on a CPU")
+        help="use bfloat16 for matrix products; None: if the hardware is fast at it")
+    add("--seed", type=COUNT, default=0, help="random seed; on a CPU it repeats a run exactly")
 
 
 def add_run_flags(p, out, eval_every):
-    """Add the flags that both training scripts have."""
+    """Add the flags that both training scripts share."""
     add = p.add_argument_group("run").add_argument
-    add("--minutes", type=RATE, help="train for this long instead, with the schedule fitted to it")
-    add("--accumulate", type=SIZE, default=1,
-        help="parts of a batch, one after the other; to distil the published MDLM with 16 samples "
-             "per update: 4 in 24 GB of memory, 1 in 80 GB")
-    add("--eval_every", type=SIZE, default=eval_every, help="updates from table to table")
-    add("--out", default=out, help="checkpoint, written with each table; its log is a .jsonl")
-    add("--resume", action="store_true", help="go on from --out, with its flags and those given")
+    add("--minutes", type=POSITIVE,
+        help="train for this long instead; the schedule is fitted to it")
+    add("--accumulate", type=NATURAL, default=1,
+        help="split each batch into this many parts to save memory; distilling the published MDLM "
+             "with 16 samples per update takes 4 in 24 GB, 1 in 80 GB")
+    add("--eval_every", type=NATURAL, default=eval_every, help="updates between tables")
+    add("--out", default=out, help="checkpoint, written with each table; its log is the .jsonl")
+    add("--resume", action="store_true", help="continue --out with its flags; new flags win")
     add_device_flags(p)
 
 
 def parse_run(p, argv):
-    """Return the flags, and with --resume the checkpoint of --out, whose flags are the defaults."""
+    """Return the flags and, with --resume, the checkpoint --out, whose flags are the defaults."""
     args = p.parse_args(argv)
     if not args.resume:
         return args, None
@@ -226,7 +229,10 @@ def parse_run(p, argv):
 
 # ------------------------------------------------------------------------ device and processes
 def setup(args):
-    """Join the processes of torchrun; return (device, bf16) for --device and --bf16."""
+    """Join the processes of torchrun; return (device, bf16) for --device and --bf16.
+
+    Raises ValueError for --device cuda without a GPU.
+    """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # else 6 MB more in each update
     cpu = torch.cpu.get_capabilities()
     fast = bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))  # at bfloat16
@@ -236,32 +242,31 @@ def setup(args):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         fast = torch.cuda.get_device_capability() >= (8, 0)
     elif args.device == "cuda":
-        raise ValueError("--device cuda: torch sees no GPU here")
+        raise ValueError("--device cuda: torch finds no GPU; use --device cpu")
 
     if WORLD > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
-    if args.bf16 is not None:
-        fast = args.bf16
-    return torch.device(name), fast
+    bf16 = fast if args.bf16 is None else args.bf16
+    return torch.device(name), bf16
 
 
 def per_part(name, args):
-    """Return --NAME divided by --accumulate and the processes. ValueError if that leaves a rest."""
+    """Return --NAME per part and process. Raises ValueError if it cannot be divided evenly."""
     parts = args.accumulate * WORLD
     if getattr(args, name) % parts:
-        raise ValueError(f"--{name} must be a multiple of --accumulate times processes, {parts}")
+        raise ValueError(f"--{name} must be a multiple of {parts}, --accumulate times processes")
     return getattr(args, name) // parts
 
 
 def fraction_done(args, updates, seconds):
-    """Return how much of the training is done, 0 to 1, by --minutes if they are given."""
+    """Return the fraction of training done, 0 to 1, by --minutes if given, else by --updates."""
     if args.minutes is not None:
         return min(seconds / (60 * args.minutes), 1.0)
     return min(max(updates, 0) / args.updates, 1.0)
 
 
 def agree(*numbers):
-    """Return the largest of each number over all processes, so that they all do the same."""
+    """Return the maximum of each number over all processes, so that they all do the same."""
     x = torch.tensor(numbers, dtype=torch.float64)
     if WORLD > 1:
         dist.all_reduce(x, dist.ReduceOp.MAX)
@@ -269,9 +274,9 @@ def agree(*numbers):
 
 
 def descend(net, lr, *optimizers):
-    """Take one step along the gradients, averaged over all processes and clipped to norm 1.
+    """Take an optimiser step with gradients averaged over all processes and clipped to norm 1.
 
-    Returns the norm before clipping, and leaves no gradient.
+    Sets the learning rate, returns the norm before clipping and clears the gradients.
     """
     if WORLD > 1:
         for p in net.parameters():
@@ -304,17 +309,17 @@ def log(rows, bar, row, table=False):
 
 
 def save(path, rows, nets, **about):
-    """Write a checkpoint, whole or not at all, and its log, the rows, beside it as .jsonl.
+    """Write a checkpoint, whole or not at all, and its log, the rows, next to it as .jsonl.
 
-    nets are modules and optimisers by name. Raises FloatingPointError if a weight is not finite;
-    then the old file stays.
+    `nets` maps names to modules and optimisers. Raises FloatingPointError if a weight is not
+    finite; the old file then stays.
     """
     if RANK > 0:
         return
     states = {name: net.state_dict() for name, net in nets.items()}
     for x in (*states["model"].values(), *states["ema"].values()):
         if not x.isfinite().all():
-            raise FloatingPointError(f"a weight is not finite: {path} stays as it was, lower --lr")
+            raise FloatingPointError(f"a weight is not finite: lower --lr; {path} stays as it was")
 
     ckpt = about | states | {"log": rows, "rng": torch.get_rng_state()}
     torch.save(ckpt, f"{path}.partial")
@@ -324,10 +329,10 @@ def save(path, rows, nets, **about):
 
 
 def load(path, *kinds, device="cpu", bf16=False):
-    """Return (checkpoint, its averaged Denoiser, frozen); no code from the file runs.
+    """Return (checkpoint, its averaged Denoiser, frozen); run no code from the file.
 
-    Raises ValueError unless its weights have the shapes that its config implies, and it is of one
-    of the kinds that are given: "teacher", "causal", "student".
+    Raises ValueError unless its weights have the shapes that its config implies and, if `kinds`
+    are given ("teacher", "causal", "student"), it is one of them.
     """
     try:
         ckpt = torch.load(path, map_location=device, weights_only=True)
@@ -335,9 +340,10 @@ def load(path, *kinds, device="cpu", bf16=False):
         net.load_state_dict(ckpt["ema"])
         kind = ckpt["kind"]
     except FileNotFoundError:
-        raise ValueError(f"{path} is not there: make it first, see README.md") from None
+        raise ValueError(f"{path} does not exist: make it first, see README.md") from None
     except Exception as e:  # a foreign file can fail in any way
-        raise ValueError(f"{path} is no checkpoint of this version: {type(e).__name__}") from None
+        raise ValueError(f"{path} is not a checkpoint of this version ({type(e).__name__}): "
+                         "make it again") from None
 
     if kinds and kind not in kinds:
         raise ValueError(f"{path} holds a {kind}, but a {kinds[0]} is needed here")
@@ -346,9 +352,9 @@ def load(path, *kinds, device="cpu", bf16=False):
 
 
 def restore(ckpt, path, nets):
-    """Load modules and optimisers, by name, and the random numbers.
+    """Load modules and optimisers, by name, and the state of the random numbers.
 
-    Raises ValueError if one does not fit, such as a moment of another shape than its weight.
+    Raises ValueError if one does not fit, such as a moment whose shape is not its weight's.
     """
     try:
         for name, net in nets.items():
@@ -359,12 +365,14 @@ def restore(ckpt, path, nets):
                         raise ValueError
         torch.set_rng_state(ckpt["rng"].cpu())
     except Exception:
-        raise ValueError(f"{path} does not fit these flags: resume with its own") from None
+        raise ValueError(f"{path} does not fit these flags: resume with its own flags") from None
 
 
 def check_output(path, kind, data):
-    """Make the folder of `path`. Raises ValueError if there is something else than a checkpoint of
-    this kind that was trained on the corpus `data`, a folder."""
+    """Make the folder of `path`, and refuse to write over another run.
+
+    Raises ValueError if `path` exists, but is no checkpoint of this kind and corpus folder `data`.
+    """
     folder = os.path.dirname(path)
     if folder:
         os.makedirs(folder, exist_ok=True)
@@ -377,12 +385,14 @@ def check_output(path, kind, data):
 
 # -------------------------------------------------------------------------------- how a run ends
 def catch_signals():
-    """Return the list [0], to which SIGINT, SIGTERM and SIGHUP append their number from now on, so
-    that the step can end first; a second one ends the process. What is ignored stays so."""
-    came = [0]
+    """Return a list, [0] at first, to which SIGINT, SIGTERM and SIGHUP append their numbers.
+
+    So the step under way can end. The same signal again ends the process; ignored ones stay so.
+    """
+    signals = [0]
 
     def handler(number, frame):
-        came.append(number)
+        signals.append(number)
         signal.signal(number, signal.SIG_DFL)
 
     if threading.current_thread() is threading.main_thread():
@@ -390,18 +400,18 @@ def catch_signals():
             number = getattr(signal, name, None)  # Windows has no SIGHUP
             if number and signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, handler)
-    return came
+    return signals
 
 
 def run(main):
-    """Call main(), which returns the signal that stopped it, and exit; a user's mistake is one line
-    and code 2."""
+    """Call main(), which returns the signal that stopped it or 0, and exit; print a user's mistake
+    in one line and exit with code 2."""
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows ?
     code = 0
     try:
         stop = main()
         if stop:
-            print("stopped, all is saved: go on with the same command and --resume")
+            print("stopped and saved: continue with the same command and --resume")
             code = 128 + stop
     except KeyboardInterrupt:
         code = 130

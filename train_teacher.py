@@ -1,7 +1,7 @@
 """train_teacher.py - train the teacher, a masked-diffusion language model (MDLM, arXiv 2406.07524).
 
-    python train_teacher.py                        # minutes on two CPU cores, downloads nothing
-    python train_teacher.py --causal               # the autoregressive baseline, the same budget
+    python train_teacher.py                        # minutes on two CPU cores, no download
+    python train_teacher.py --causal               # the autoregressive baseline, same budget
     python train_teacher.py --data out/news        # a corpus of your own: data/README.md
     torchrun --standalone --nproc_per_node=8 train_teacher.py --data out/openwebtext --size small
 
@@ -17,16 +17,16 @@ from tqdm import tqdm
 
 import didi
 from data import corpus, quality
-from model import (COUNT, RANK, RATE, SIZE, Config, Denoiser, add_run_flags, agree, catch_signals,
-                   check_output, descend, fraction_done, log, make_parser, parse_run, per_part,
-                   restore, run, save, setup)
+from model import (COUNT, NATURAL, POSITIVE, RANK, Config, Denoiser, add_run_flags, agree,
+                   catch_signals, check_output, descend, fraction_done, log, make_parser, parse_run,
+                   per_part, restore, run, save, setup)
 
 SIZES = {
     "nano": {  # minutes on two CPU cores
         "n_layer": 3, "n_head": 4, "n_embd": 128, "length": 128,
         "batch": 64, "updates": 1700, "lr": 8e-3, "warmup": 100,
     },
-    "mini": {  # 10 minutes of a GPU
+    "mini": {  # 10 minutes on a GPU
         "n_layer": 6, "n_head": 6, "n_embd": 384, "length": 256,
         "batch": 256, "updates": 10_000, "lr": 4e-3, "warmup": 300,
     },
@@ -38,26 +38,27 @@ SIZES = {
 
 
 def parse_flags(argv=None):
+    """Return the flags and, with --resume, the checkpoint to go on from, else None."""
     p = make_parser(__doc__)
     add = p.add_argument_group("data and network").add_argument
     add("--data", default=corpus.DEFAULT, help="corpus folder, see data/README.md")
     add("--causal", action="store_true", help="train the autoregressive baseline and judge instead")
     add("--size", choices=SIZES, default="nano", help="sets the defaults of the flags below")
-    add("--n_layer", type=SIZE, help="transformer blocks")
-    add("--n_head", type=SIZE, help="H, attention heads")
-    add("--n_embd", type=SIZE, help="D, width, a multiple of 2 H")
-    add("--length", type=SIZE, help="L, tokens per sequence of packed text; rows have their own")
+    add("--n_layer", type=NATURAL, help="transformer blocks")
+    add("--n_head", type=NATURAL, help="H, attention heads")
+    add("--n_embd", type=NATURAL, help="D, width, a multiple of 2 H")
+    add("--length", type=NATURAL, help="L, tokens per sequence of packed text; rows set their own")
 
     add = p.add_argument_group("training").add_argument
-    add("--batch", type=SIZE, help="B, sequences per update")
-    add("--updates", type=SIZE, help="optimiser steps")
-    add("--lr", type=RATE, help="peak learning rate: after a warm-up, a cosine to a tenth")
+    add("--batch", type=NATURAL, help="sequences per update")
+    add("--updates", type=NATURAL, help="optimiser steps")
+    add("--lr", type=POSITIVE, help="peak learning rate; falls to a tenth along a cosine")
     add("--warmup", type=COUNT, help="updates of linear warm-up")
     add("--compile", action="store_true", help="torch.compile the trunk: needs a C++ compiler")
     add_run_flags(p, out="out/teacher.pt", eval_every=425)
 
     p.set_defaults(**SIZES["nano"])  # for --help
-    given = p.parse_args(argv)
+    given = p.parse_args(argv)  # to see --size; parsed again below, so that given flags win
     p.set_defaults(**SIZES[given.size])
     if given.causal:
         p.set_defaults(out="out/causal.pt")
@@ -72,11 +73,11 @@ def causal_nll(model, x, mask_id):
 
 
 def bound_and_loss(model, x):
-    """Return the bound of x (B, L), nats per text token, with those of its length; and the loss."""
+    """Return (bound, loss) of x (B, L); the bound, nats per text token, includes the lengths."""
     mask_id = model.config.mask_id
     pad_id = model.config.pad_id
     text = x != pad_id  # (B, L)
-    if model.config.causal:  # it predicts where a text ends, so the first end counts
+    if model.config.causal:  # it predicts the first end, so that counts
         counted = corpus.until_end(x, pad_id)  # (B, L)
         nll = (causal_nll(model, x, mask_id) * counted).sum()
         return nll / text.sum(), nll / counted.sum()
@@ -105,7 +106,7 @@ def validate(model, data, device):
 
         for steps in (8, 64):
             if model.config.causal:
-                continue  # its samples need a loop of their own: experiments/autoregressive.py
+                continue  # its sampling loop is in experiments/autoregressive.py
             z = model.start(model.draw_lengths(128))
             x, _ = didi.sample(model, z, steps, model.config.mask_id)
             for name, value in quality.shown(x, data).items():
@@ -122,9 +123,9 @@ def main(argv=None):
 
     # the network and its average
     L = args.length if data.packed else data.length
-    V = corpus.make_tokenizer(data.tokenizer).n_vocab
+    vocab_size = corpus.make_tokenizer(data.tokenizer).n_vocab
     config = Config(
-        V, L, args.n_layer, args.n_head, args.n_embd, args.causal,
+        vocab_size, L, args.n_layer, args.n_head, args.n_embd, args.causal,
         pads=not data.packed,
         framed=data.framed,
     )
@@ -135,9 +136,10 @@ def main(argv=None):
     average = copy.deepcopy(model)
 
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
+    # "is", since tensors compare with == element by element
     rest = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
     # Muon's steps are scaled to be as long as AdamW's: one learning rate serves both
-    muon = torch.optim.Muon(matrices, args.lr, 0.0, adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon(matrices, args.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(rest, args.lr, (0.9, 0.98), weight_decay=0.0, fused=True)
     nets = {"model": model, "ema": average, "muon": muon, "adamw": adamw}
     step, seconds, rows = 0, 0.0, []
@@ -146,37 +148,37 @@ def main(argv=None):
         step, seconds, rows = ckpt["step"], ckpt["seconds"], ckpt["log"]
     if args.compile:
         model.trunk = torch.compile(model.trunk)
-    if RANK > 0:  # every process has its own random numbers
+    if RANK > 0:  # only now: the same numbers above made the networks of all processes alike
         torch.manual_seed(args.seed + 1000 * RANK + step)
 
-    B = per_part("batch", args)
-    came, stop = catch_signals(), 0
+    B = per_part("batch", args)  # of one process and part
+    signals, stop = catch_signals(), 0
     begin = time.perf_counter() - seconds
-    done = fraction_done(args, step, seconds)
-    if done == 1:
-        print(f"{args.out} has had its time: give more --updates or --minutes")
+    progress = fraction_done(args, step, seconds)
+    if progress == 1:
+        print(f"{args.out} is already trained: give more --updates or --minutes")
     bar = tqdm(desc=args.out, total=args.updates, initial=step, disable=RANK > 0)
-    while done < 1 and not stop:
+    while progress < 1 and not stop:
         # gradient of the mean over a batch
         for _ in range(args.accumulate):
             x = data.batch(B, L, device)  # (B, L)
             bound, loss = bound_and_loss(model, x)
             (loss / args.accumulate).backward()
 
-        # step; the learning rate warms up, then falls to a tenth by a cosine
+        # step; the learning rate warms up, then falls to a tenth along a cosine
         warm = min((step + 1) / max(args.warmup, 1), 1)
-        lr = args.lr * warm * (0.55 + 0.45 * math.cos(math.pi * done))
+        lr = args.lr * warm * (0.55 + 0.45 * math.cos(math.pi * progress))
         norm = descend(model, lr, muon, adamw)
         decay = min(0.995, (step + 1) / (step + 10))
         didi.update_ema(average, model, decay)
         step += 1
 
         # log, table, checkpoint
-        seconds, stop = agree(time.perf_counter() - begin, came[-1])
-        done = fraction_done(args, step, seconds)
+        seconds, stop = agree(time.perf_counter() - begin, signals[-1])
+        progress = fraction_done(args, step, seconds)
         row = {"step": step, "seconds": seconds, "loss": loss.item(), "nelbo": bound.item()}
         log(rows, bar, row | {"norm": norm, "lr": lr})
-        table = done == 1 or step % args.eval_every == 0
+        table = progress == 1 or step % args.eval_every == 0
         if table and RANK == 0:
             row = {"step": step} | validate(average, data, device)
             log(rows, bar, row, table=True)

@@ -16,7 +16,7 @@ import distill
 from data import corpus, quality
 from experiments import common
 from experiments.evaluate import DIGITS, causal_judge
-from model import COUNT, SIZE, add_device_flags, make_parser, run, setup
+from model import COUNT, NATURAL, add_device_flags, make_parser, run, setup
 
 # flags of distill.py; rows side by side that differ in the sampler alone share a run
 ROWS = {
@@ -65,7 +65,7 @@ def parse_flags(argv=None):
     add("--seeds", type=COUNT, nargs="+", default=(0, 1, 2), help="one run of each row for each")
     add("--flags", default="", help="flags of distill.py for every run")
     add("--causal", default="out/causal.pt", help="the judge, of train_teacher.py --causal")
-    add("--num", type=SIZE, default=1000, help="texts to measure: standard error .015 at 1,000")
+    add("--num", type=NATURAL, default=1000, help="texts to measure: standard error .015 at 1,000")
     add("--out", default="out/ablation.pt", help="where each student lies until the next run")
     add_device_flags(p)
     p.set_defaults(seed=4321)  # of the texts to measure, the same for every student

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from data import corpus
 from experiments import common
-from model import RATE, SIZE, add_device_flags, make_parser, run, setup
+from model import NATURAL, POSITIVE, add_device_flags, make_parser, run, setup
 from sample import printable
 
 
@@ -21,9 +21,9 @@ def parse_flags(argv=None):
     add("--teacher", default="out/teacher.pt", help="checkpoint of train_teacher.py")
     add("--student", default="out/student.pt", help="checkpoint of distill.py")
     add("--causal", default="out/causal.pt", help="checkpoint of train_teacher.py --causal")
-    add("--lines", type=SIZE, default=10, help="texts that each model writes at once")
-    add("--seconds", type=RATE, default=12.0, help="what the slowest model takes in the GIF")
-    add("--fps", type=SIZE, default=10, help="frames a second")
+    add("--lines", type=NATURAL, default=10, help="texts that each model writes at once")
+    add("--seconds", type=POSITIVE, default=12.0, help="what the slowest model takes in the GIF")
+    add("--fps", type=NATURAL, default=10, help="frames a second")
     add_device_flags(p)
     return p.parse_args(argv)
 

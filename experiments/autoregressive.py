@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import didi
 from data import corpus
-from model import RATE, SIZE, add_device_flags, load, make_parser, rotate, run, setup
+from model import NATURAL, POSITIVE, add_device_flags, load, make_parser, rotate, run, setup
 from sample import printable
 
 
@@ -91,8 +91,8 @@ def main(argv=None):
     p = make_parser(__doc__)
     add = p.add_argument
     add("--model", default="out/causal.pt", help="checkpoint of train_teacher.py --causal")
-    add("--num", type=SIZE, default=16, help="how many texts, all at once")
-    add("--temperature", type=RATE, default=1.0, help="divides the logits; 1: the model's law")
+    add("--num", type=NATURAL, default=16, help="how many texts, all at once")
+    add("--temperature", type=POSITIVE, default=1.0, help="divides the logits; 1: the model's law")
     add_device_flags(p)
     args = p.parse_args(argv)
 

@@ -19,7 +19,7 @@ import distill
 import train_teacher
 from data import corpus
 from experiments import common
-from model import SIZE, Config, Denoiser, add_device_flags, load, make_parser, run, setup
+from model import NATURAL, Config, Denoiser, add_device_flags, load, make_parser, run, setup
 
 MODELS = (("teacher", 256), ("teacher", 1024), ("student", 8), ("student", 16),
           ("student, guided", 8), ("autoregressive", None))
@@ -32,8 +32,8 @@ def parse_flags(argv=None):
     add("--teacher", default="out/teacher.pt", help="checkpoint of train_teacher.py")
     add("--student", default="out/student.pt", help="checkpoint of distill.py")
     add("--causal", default="out/causal.pt", help="checkpoint of train_teacher.py --causal")
-    add("--at_once", type=SIZE, default=256, help="texts at once, besides one at a time")
-    add("--times", type=SIZE, default=20, help="updates to time")
+    add("--at_once", type=NATURAL, default=256, help="texts at once, besides one at a time")
+    add("--times", type=NATURAL, default=20, help="updates to time")
     add("--flags", default="", help="flags of the script that is timed")
     add("--json", help="add the rows to this file")
     add("--label", default="default", help="with --json: what to call them")

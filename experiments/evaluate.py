@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from data import corpus, quality
 from experiments import common
 from experiments.common import means, print_head, print_row
-from model import SIZE, add_device_flags, make_parser, run, setup
+from model import NATURAL, add_device_flags, make_parser, run, setup
 from train_teacher import causal_nll
 
 STEPS = {"teacher": (4, 8, 16, 32, 64, 256, 1024), "student": (4, 8, 16, 32)}
@@ -58,10 +58,10 @@ def parse_flags(argv=None):
 
     add = p.add_argument_group("rows").add_argument
     add("--rows", choices=("all", "teacher", "student"), default="all", help="whose rows")
-    add("--steps", type=SIZE, nargs="+", help="of teacher and student; None: 4 to 1,024")
+    add("--steps", type=NATURAL, nargs="+", help="of teacher and student; None: 4 to 1,024")
     add("--sweep", action="store_true", help="steps up to 256 at seven temperatures")
-    add("--samples", type=SIZE, default=1000, help="texts in a row; of fewer, mostly noise")
-    add("--batch", type=SIZE, default=256, help="texts at once")
+    add("--samples", type=NATURAL, default=1000, help="texts in a row; of fewer, mostly noise")
+    add("--batch", type=NATURAL, default=256, help="texts at once")
     add("--json", help="add the rows to this file, under --label and the training's seed")
     add("--label", default="default", help="what to call the run in --json")
 

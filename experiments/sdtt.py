@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 import didi
 from distill import load_teacher
-from model import (FRACTION, RATE, SIZE, add_device_flags, check_output, descend, log, make_parser,
-                   run, save, setup)
+from model import (FRACTION, NATURAL, POSITIVE, add_device_flags, check_output, descend, log,
+                   make_parser, run, save, setup)
 
 
 def parse_flags(argv=None):
@@ -25,10 +25,10 @@ def parse_flags(argv=None):
     add = p.add_argument_group("SDTT").add_argument
     add("--teacher", default="out/teacher.pt", help="checkpoint of train_teacher.py")
     add("--data", help="corpus folder; None: the teacher's")
-    add("--rounds", type=SIZE, nargs="+", default=(32, 16, 8, 4), help="sampling steps of each")
-    add("--updates", type=SIZE, default=240, help="of each round")
-    add("--batch", type=SIZE, default=128, help="B, sequences per update")
-    add("--lr", type=RATE, default=1e-3, help="falls linearly to a tenth; supervised, so high")
+    add("--rounds", type=NATURAL, nargs="+", default=(32, 16, 8, 4), help="sampling steps of each")
+    add("--updates", type=NATURAL, default=240, help="of each round")
+    add("--batch", type=NATURAL, default=128, help="B, sequences per update")
+    add("--lr", type=POSITIVE, default=1e-3, help="falls linearly to a tenth; supervised, so high")
     add("--ema", type=FRACTION, default=0.97, help="decay of the weight average that is sampled")
     add("--out", default="out/sdtt.pt", help="checkpoint, written at the end; its log is a .jsonl")
     add_device_flags(p)

@@ -571,7 +571,7 @@ class Evil:
 def test_loading_runs_no_code(tiny):
     torch.save(read("out/teacher.pt") | {"step": Evil()}, "a.pt")
 
-    with pytest.raises(ValueError, match="a.pt is no checkpoint"):
+    with pytest.raises(ValueError, match="a.pt is not a checkpoint"):
         model.load("a.pt", "teacher")
 
     assert not os.path.exists("executed")
