@@ -29,7 +29,7 @@ PAPER = {
 
 
 def parse_flags(argv=None):
-    """Return the flags and, with --resume, the checkpoint to go on from, else None."""
+    """Return the flags and, with --resume, the checkpoint to continue from, else None."""
     p = make_parser(__doc__)
     on_off = argparse.BooleanOptionalAction
 

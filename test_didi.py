@@ -1,11 +1,12 @@
 """test_didi.py - the method against exact answers, in worlds that can be enumerated.
 
 They have 3 tokens and 1 to 3 positions, and a "network" is a lookup table: row index(z) of a tensor
-(S, L, V) holds its logits for the state z, S = (V + 1)^L. So the law of every sampler is a product
-of small matrices, and its gradient comes from autograd. Texts of 1 to 3 tokens, padded to 3, have a
-table of 4 + 16 + 64 rows, and their length comes first. Seeds are fixed; a bound on random numbers
-is so wide that a fresh seed would fail a correct program less than once in 10^5: 5 standard errors,
-or `check_law`. The tests of an effect, the loop and guidance, ask for well less than is seen.
+(S, L, V) holds its logits for the state z, S = (V + 1)^L. So the law (the distribution) of every
+sampler is a product of small matrices, and its gradient comes from autograd. Texts of 1 to 3
+tokens, padded to 3, have a table of 4 + 16 + 64 rows; their length is drawn first. Seeds are fixed;
+bounds on random numbers are so wide that a fresh seed fails a correct program less than once in
+10^5: 5 standard errors, or `check_law`. Tests of an effect, the loop and guidance, require clearly
+less than is observed.
 """
 
 import dataclasses
@@ -41,7 +42,7 @@ def index(z):
 
 
 def lookup(table, row=index):
-    """Return a denoiser with these logits (S, L, V); its .seen lists the states it is shown."""
+    """Return a denoiser with these logits (S, L, V); its .seen lists the states it was given."""
 
     def denoiser(z, where=...):
         denoiser.seen.append(z)
@@ -56,7 +57,7 @@ def masks(n, L):
 
 
 def stutter(L):
-    """Return a law of texts (S,) with often equal neighbours: far from what one step writes."""
+    """Return a law of texts (S,) that favours equal neighbours: far from what one step writes."""
     equal_neighbours = (Z[L][:, 1:] == Z[L][:, :-1]).sum(-1)
     zeros = (Z[L] == 0).sum(-1)
     score = 2.0 * equal_neighbours + 0.8 * zeros - 0.3 * Z[L][:, 0]
@@ -70,8 +71,8 @@ def agrees(L):
 
 
 def exact_table(p, L):
-    """Return the logits (S, L, V) of p's denoiser by Bayes' rule: log of the sum over the texts x
-    that agree of p(x) [x_i = v]."""
+    """Return the logits (S, L, V) of p's denoiser by Bayes' rule: the log of the sum of
+    p(x) [x_i = v] over the texts x that agree."""
     one_hot = F.one_hot(Z[L])[..., :V].float()
     return (
         torch.einsum("zx,x,xlv->zlv", agrees(L), p, one_hot)
@@ -98,8 +99,8 @@ def denoising(table, t, s):
 
 
 def chain(table, times, start=-1):
-    """Return the law (S,) of what the steps times[0] -> times[1] -> .. make of a state, by default
-    the last: all masks."""
+    """Return the law (S,) of the state after steps times[0] -> times[1] -> .. from the state
+    `start`, by default the last: all masks."""
     law = torch.eye(len(table))[start]
     for t, s in zip(times[:-1], times[1:]):
         law = law @ denoising(table, t, s)
@@ -114,7 +115,7 @@ ROWS = {
     1: slice(4),
     2: slice(4, 20),
     3: slice(20, 84),
-}  # of each length in STATES
+}  # rows of each length in STATES
 STATES = torch.cat(
     [F.pad(Z[n].where(Z[n] < MASK, HIDDEN), (0, 3 - n), value=PAD) for n in Z]
 )
@@ -132,7 +133,7 @@ def mix_lengths(law):
 
 
 def check_law(drawn, law):
-    """Assert by chi-square that indices (n,) come from law (S,); false alarm 10^-6
+    """Assert by chi-square that indices (n,) come from law (S,); false-alarm rate 10^-6
     (Wilson-Hilferty)."""
     counts = torch.bincount(drawn, minlength=len(law)).double()
     expected = law.double() * len(drawn)
@@ -155,7 +156,7 @@ def check_mean(values, expected):
 
 
 class TableDiscriminator:
-    """Logits r (S, L); for soft tokens their mean over independent draws. Counts the rows shown."""
+    """Look up logits in r (S, L), for soft tokens their mean over independent draws; count rows."""
 
     def __init__(self, r):
         self.r = r
@@ -225,7 +226,7 @@ def test_low_discrepancy_times_are_above_0_and_at_most_1(monkeypatch, u):
 
 
 def nats_per_text(table):
-    """Return 60 estimates of the bound, nats per text, on 4,000 texts each, the length included."""
+    """Return 60 estimates of the bound, nats per text with its length, on 4,000 texts each."""
     p = mix_lengths(stutter)
     bounds = []
     for x in STATES[Categorical(p).sample((60, 4000))]:
@@ -244,7 +245,7 @@ def exact_texts_table():
 
 
 def test_the_bound_of_the_exact_denoiser_is_the_entropy_of_the_data():
-    """The entropy is that of the enumerated law of all 39 texts of 1 to 3 tokens."""
+    """The entropy comes from the enumerated law of all 39 texts of 1 to 3 tokens."""
     entropy = Categorical(mix_lengths(stutter)).entropy()
 
     check_mean(nats_per_text(exact_texts_table()), entropy)
@@ -268,7 +269,7 @@ def test_nelbo_is_the_weighted_sum_and_its_loss_the_mean_over_masks():
     t = torch.linspace(0.3, 0.8, 6)
     x = torch.cat(
         [STATES[ROWS[n]][:2] for n in Z]
-    )  # 2 texts each of 1, 2, 3 tokens: 12 in all
+    )  # 2 texts each of 1, 2, 3 tokens: 12 tokens
     rng = torch.get_rng_state()
     z = didi.forward_mask(x, t, HIDDEN, PAD)
     torch.set_rng_state(rng)  # the same masks again
@@ -319,7 +320,7 @@ def test_draw_refuses_what_is_not_a_number():
 
 
 def bayes_step(p, t, s):
-    """Return q(z_s | z_t) (S, S) of the law p by Bayes' rule: a row for each z_t."""
+    """Return q(z_s | z_t) (S, S) for the law p by Bayes' rule: a row for each z_t."""
     joint = (p @ noising(0, s, 2))[:, None] * noising(s, t, 2)  # (z_s, z_t)
     return (joint / joint.sum(0)).T
 
@@ -356,7 +357,7 @@ WEAK = [
     None,
     {"h": 0.0, "switch": 1.0},
     {"M": 1, "switch": 0.0},
-]  # guidance of no strength
+]  # guidance without effect
 
 
 @pytest.mark.parametrize("start", [-1, PROMPT])
@@ -393,8 +394,8 @@ def test_samples_have_the_law_of_their_length_and_then_of_its_chain(steps):
 
 
 class Recorder:
-    """A random denoiser for 12 texts whose first token, visible, is their number; notes all calls
-    and how many positions pass its head."""
+    """Denoise 12 texts at random; the first token, visible, is a text's number. Count the calls
+    by text and the positions that pass the head."""
 
     def __init__(self, mask_id):
         self.mask_id = mask_id
@@ -411,7 +412,7 @@ class Recorder:
 
 @pytest.fixture
 def numbered():
-    """Twelve states of 6 positions with 0 to 5 masks each; the mask is 20."""
+    """Return twelve states of 6 positions with 0 to 5 masks each; the mask is 20."""
     number = torch.arange(12)
     z = torch.full((12, 6), 20).where(
         torch.arange(6) < 1 + number[:, None] % 6, 0
@@ -451,7 +452,7 @@ def test_what_is_visible_stays_in_every_state(numbered, steps):
         assert torch.equal(later[earlier != 20], earlier[earlier != 20])
     assert len(states) == steps + 1
     assert torch.equal(states[-1], x)
-    assert torch.equal(numbered, before)  # the caller's own tensor
+    assert torch.equal(numbered, before)  # the caller's tensor is unchanged
 
 
 # ---------------------------------------------------------------------------------------- rollout
@@ -484,7 +485,7 @@ def test_no_level_is_nearly_the_one_before_or_nearly_nothing():
 
 
 def test_a_state_without_masks_adds_nothing_to_the_regularisers():
-    """Every mask falls in the first of two steps, so half of its mean is left."""
+    """The first of two steps reveals every mask, so half of its mean is left."""
     table = torch.randn(16, 2, V, requires_grad=True)
     teacher = torch.randn(16, 2, V)
     levels = torch.tensor([1.0, 0.0, 0.0])[:, None].expand(-1, 3)
@@ -504,10 +505,10 @@ TIMES = {1: [1.0, 0.0], 2: [1.0, 0.6, 0.0], 3: [1.0, 0.6, 0.3, 0.0]}
 
 @pytest.fixture(params=[1, 2, 3])
 def paths(request):
-    """All that can happen in K-step rollouts from all masks, seen at least once in 240,000.
+    """Return all paths of K-step rollouts from all masks; each occurs at least once in 240,000.
 
-    K; the student's table; of every rollout its path's number; of every path its probability by
-    enumeration, one rollout's log_prob and its last state.
+    That is: K; the student's table; for every rollout, the number of its path; for every path, its
+    probability by enumeration, one rollout's log_prob and its last state.
     """
     K, B = request.param, 240_000
     times = TIMES[K]
@@ -544,7 +545,7 @@ def test_a_rollout_takes_each_path_as_often_as_its_law_says(paths):
 
 
 def test_the_policy_gradient_is_the_gradient_of_the_expected_reward(paths):
-    """policy_loss on all paths, weighted by probability, against the enumerated gradient."""
+    """Compare policy_loss on all paths, weighted by probability, with the enumerated gradient."""
     K, table, _, prob, log_prob, last = paths
     R = torch.randn(84)
 
@@ -592,7 +593,7 @@ def test_no_gradient_flows_through_the_reward():
 
 @pytest.mark.parametrize("e", [0.0, 0.1])
 def test_the_best_discriminator_is_the_log_density_ratio(e):
-    """In populations with known counts of each state, with smoothing e, the loss, convex in the
+    """In populations with known counts of each state, the loss with smoothing e, convex in the
     logits, has no slope at the closed form."""
     best, slope, _ = populations(e)
 
@@ -614,7 +615,7 @@ def populations(e):
     a function of logits; which positions (16, 2) are text."""
     n, m = torch.randint(
         1, 20, (2, 16)
-    )  # how often each state is in the reference, the student's
+    )  # counts of each state in the reference, the student's
     ref = torch.arange(16).repeat_interleave(n)
     student = torch.arange(16).repeat_interleave(m)
     p, q = n / n.sum(), m / m.sum()
@@ -637,7 +638,7 @@ def populations(e):
 
 @pytest.mark.parametrize("a", [0, 0.5, 1, 2, 3])
 def test_a_power_of_the_ratio_descends_its_divergence(a):
-    """E_q[reward * grad log q] against autograd of the alpha-divergence of enumerated laws."""
+    """Compare E_q[reward * grad log q] with autograd of the alpha-divergence of enumerated laws."""
     p = torch.randn(9).double().softmax(0)
     theta = torch.randn(9).double().requires_grad_()
     q = theta.softmax(0)
@@ -702,8 +703,8 @@ def test_the_weight_is_1_over_t_and_at_most_10():
 
 # ------------------------------------------------------------------------ the whole loop, and sign
 def divergence(table, p):
-    """Return KL(q_student || q_reference) of texts, nats, enumerated; the mean over levels of
-    rollouts of two steps."""
+    """Return the enumerated KL(q_student || q_reference) of texts, nats, averaged over levels of
+    two-step rollouts."""
     text = p > 0
     total = 0.0
     for tau in (0.25, 0.5, 0.75):
@@ -713,7 +714,7 @@ def divergence(table, p):
 
 
 def train_student(p, sign, updates, groups=64, G=4, L=2):
-    """Run the algorithm on tables; sign -1 turns the reward round. Returns the student's table."""
+    """Run the algorithm on tables; sign -1 reverses the reward. Returns the student's table."""
     student = torch.zeros(16, L, V, requires_grad=True)
     disc = TableDiscriminator(torch.zeros(16, L, requires_grad=True))
     opt = torch.optim.Adam([student], 0.03)
@@ -780,13 +781,13 @@ def tilted_law(log_p, tokens, R, h):
 
 
 def reranked_law(log_p, tokens, R):
-    """Return the law (n,) of the one of two plain draws that is kept by softmax of R (n,)."""
+    """Return the law (n,) of the draw that softmax of R (n,) chooses from two plain ones."""
     joint = log_p.gather(1, tokens.T).sum(0).exp()  # (n,)
     return 2 * joint * ((R[:, None] - R).sigmoid() @ joint)
 
 
 def guided_step_law(table, guide, z, t, s, token_law):
-    """Return the enumerated law (S,) of a guided step from z (L,), a sum over the sets of positions
+    """Return the enumerated law (S,) of a guided step from z (L,): a sum over the sets of positions
     that it can reveal."""
     states = Z[len(z)]
     log_p = table[index(z)].log_softmax(-1)
@@ -852,7 +853,7 @@ def test_a_reranked_step_draws_from_the_enumerated_law(z):
     [(1, 0.0, 4), (1, 0.5, 1), (3, 0.5, 1 + 1 + 4), (4, 0.0, 3 * 4)],
 )
 def test_the_guided_sampler_counts_both_networks(steps, switch, most):
-    """Against the networks' own counts, and against the plan of steps by hand; M is 4."""
+    """Compare with the networks' own counts, and with the plan of steps by hand; M is 4."""
     guide = TableDiscriminator(torch.randn(64, 3))
     net = lookup(torch.randn(64, 3, V))
 
@@ -889,7 +890,7 @@ def test_guidance_tilts_first_and_reranks_then():
 
 
 def test_reranking_sees_rewards_beyond_the_clip_of_training():
-    """Of 20 candidates the best, 30 nats above the next, not any that is above 8."""
+    """The best of 20 candidates wins, 30 nats above the next, not any that is above 8."""
 
     def discriminator(z):
         return 60.0 * (z == 0)
@@ -965,7 +966,7 @@ def test_soft_tokens_that_are_one_hot_are_tokens():
 
 
 def test_a_causal_model_gives_all_texts_together_probability_1():
-    """All texts that end, or fill L, by the sum over their tokens and ends."""
+    """Sum over all texts that end or fill L; a text's nll covers its tokens and its end."""
     net = model.Denoiser(dataclasses.replace(TEXTS, causal=True))
     empty = torch.full((1, 3), PAD)
     texts = torch.cat((empty, STATES[(STATES != HIDDEN).all(1)]))
@@ -991,7 +992,7 @@ def test_the_causal_bound_counts_the_first_end():
 
 
 def test_the_bound_reported_includes_the_length(monkeypatch):
-    """All texts all masked, so that it is a sum by hand."""
+    """All texts are fully masked, so that the bound is a sum by hand."""
     net = model.Denoiser(TEXTS)
     net.lengths.copy_(LENGTHS)
     x = STATES[(STATES != HIDDEN).all(1)]

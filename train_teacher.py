@@ -38,7 +38,7 @@ SIZES = {
 
 
 def parse_flags(argv=None):
-    """Return the flags and, with --resume, the checkpoint to go on from, else None."""
+    """Return the flags and, with --resume, the checkpoint to continue from, else None."""
     p = make_parser(__doc__)
     add = p.add_argument_group("data and network").add_argument
     add("--data", default=corpus.DEFAULT, help="corpus folder, see data/README.md")

@@ -1,13 +1,13 @@
 """corpus.py - a corpus is a folder of files, made by `python -m data.MAKER`, then only read.
 
     train.bin, val.bin  token ids in llm.c's format: 256 little-endian int32 (magic, version, number
-                        of tokens), then uint16; a large corpus goes on in train_001.bin, ..
+                        of tokens), then uint16; a large corpus continues in train_001.bin, ..
     meta.json           {"maker", "tokenizer", "length", "framed", "made_from"}
 
-length is that of every row, where rows are short texts padded with the end token, or 0 where the
-texts are packed: one after the other, a training sequence being any window; if framed is true, with
-an end token first and last, as the published MDLM was trained. The folder appears whole or not at
-all, so several processes may make it at once: the first one's stays.
+length is that of every row, where rows are short texts padded with the end token, or 0 where texts
+are packed: one after the other, any window being a training sequence; if framed is true, its first
+and last token become an end token, as in the published MDLM's training. The folder appears whole or
+not at all, so several processes may make it at once: the first to finish wins.
 """
 import collections
 import contextlib
@@ -27,7 +27,7 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
-DEFAULT = "out/signatures"  # makes itself where it is missing
+DEFAULT = "out/signatures"  # made when it is missing
 MAGIC, VERSION = 20240520, 1  # of llm.c's format
 SHARD = 10 ** 9  # tokens in a file, about
 AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWYX"  # the 20, and X for anything else
@@ -38,14 +38,14 @@ AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWYX"  # the 20, and X for anything else
 def make_tokenizer(name):
     """Return the tiktoken.Encoding of "bytes", "protein" (amino acids) or "gpt2".
 
-    Raises ValueError if GPT-2's files cannot be had.
+    Raises ValueError if GPT-2's files cannot be loaded.
     """
     if name == "gpt2":
         try:
             return tiktoken.get_encoding("gpt2")
-        except Exception as e:  # whatever the network's library raises
+        except Exception as e:  # whatever the HTTP library raises
             raise ValueError(f"GPT-2's files are missing or damaged ({type(e).__name__}): run once "
-                             "with a network, or set TIKTOKEN_CACHE_DIR, see data/README.md") from e
+                             "online, or set TIKTOKEN_CACHE_DIR, see data/README.md") from e
 
     letters = {"bytes": [bytes([i]) for i in range(256)],
                "protein": [letter.encode() for letter in AMINO_ACIDS]}
@@ -66,7 +66,7 @@ def decode(x, tokenizer, packed):
 
 
 def until_end(x, eos):
-    """Return a bool (B, L), True for the tokens of x (B, L) up to and including the first eos."""
+    """Return (B, L) bool, True for the tokens of x (B, L) up to and including the first eos."""
     ends = x == eos
     return ends.cumsum(1) - ends.long() == 0
 
@@ -74,24 +74,24 @@ def until_end(x, eos):
 # ---------------------------------------------------------------------------------------- reading
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """What `load` returns; train and val are lists of memory-mapped uint16 arrays."""
+    """Read a corpus: `load` returns it; train and val are lists of memory-mapped uint16 arrays."""
     folder: str
     maker: str
     tokenizer: str
-    length: int  # of a row, or 0: packed
+    length: int  # tokens per row, or 0: packed
     made_from: dict
     train: list
     val: list
-    framed: bool = False  # packed text: do sequences begin and end with an end token?
+    framed: bool = False  # packed text: sequences begin and end with an end token
 
     @property
     def packed(self):
-        """Are sequences windows of packed text, rather than rows?"""
+        """Return whether sequences are windows of packed text, not rows."""
         return self.length == 0
 
     @property
     def pad_id(self):
-        """The token that fills rows up to their length, or -1 where texts are packed."""
+        """Return the token that pads rows, or -1 where texts are packed."""
         if self.packed:
             return -1
         return make_tokenizer(self.tokenizer).eot_token
@@ -107,7 +107,7 @@ class Corpus:
         return self.decode(tokens.reshape(-1, self.length))
 
     def length_shares(self, L):
-        """Return (L + 1,): the share of training sequences with 0, 1, .., L tokens of text."""
+        """Return the shares (L + 1,) of training sequences with 0, 1, .., L tokens of text."""
         lengths = np.array([L])  # packed text fills every sequence
         if not self.packed:
             rows = np.concatenate(self.train).reshape(-1, L)
@@ -117,7 +117,7 @@ class Corpus:
         return torch.from_numpy(counts / len(lengths)).float()
 
     def batch(self, n, L, device="cpu"):
-        """Return n random training sequences (n, L), int64: rows, or windows of packed text."""
+        """Draw n training sequences (n, L), int64: rows, or windows of packed text."""
         stride = 1 if self.packed else self.length
         index = torch.randint(self.count(self.train, stride, L), (n,))
         x = self.frame(read_sequences(self.train, index, stride, L))
@@ -127,23 +127,22 @@ class Corpus:
         return x.to(device, non_blocking=True)
 
     def held_out(self, n, L):
-        """Return n validation sequences (n, L), or all if there are fewer: always the same."""
+        """Return n validation sequences (n, L), int64, always the same; all if there are fewer."""
         stride = L if self.packed else self.length
         total = self.count(self.val, stride, L)
         index = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:n]
         return self.frame(read_sequences(self.val, index, stride, L))
 
     def count(self, files, stride, L):
-        """Return how many sequences of L tokens a split has. Raises ValueError if it has none."""
+        """Return the number of sequences of L tokens in a split. Raises ValueError if it is 0."""
         total = sum(count_sequences(files, stride, L))
         if total == 0:
-            raise ValueError(f"{self.folder} has {sum(map(len, files))} tokens to train or to "
-                             f"validate, too few for a sequence of {L}: make it from more text, "
-                             "or take shorter sequences")
+            raise ValueError(f"{self.folder} has a split of {sum(map(len, files))} tokens and no "
+                             f"sequence of {L}: make it from more text, or use shorter sequences")
         return total
 
     def frame(self, x):
-        """Make the first and the last token of each sequence of x (n, L) an end, if framed."""
+        """Return x (n, L); if framed, set the first and last token of each sequence to the end."""
         if self.framed:
             x[:, [0, -1]] = make_tokenizer(self.tokenizer).eot_token
         return x
@@ -151,23 +150,23 @@ class Corpus:
     def check_fits(self, path, tokenizer, length, framed):
         """Raise ValueError if the network in the file `path` was made for other sequences.
 
-        length: that of a row, or 0 for packed text.
+        `length` is that of a row, or 0 for packed text.
         """
         ours = (self.tokenizer, self.length, self.framed)
         theirs = (tokenizer, length, framed)
         if ours != theirs:
             raise ValueError(f"{self.folder} does not fit {path}: its tokenizer, row length and "
-                             f"framing are {ours}, the network was made for {theirs}: give "
+                             f"framing are {ours}, but the network needs {theirs}: name "
                              "another corpus, or make it again")
 
 
 def count_sequences(files, stride, L):
-    """Return how many sequences of L tokens, each `stride` after the last, each file has."""
+    """Return the number of sequences of L tokens, `stride` apart, in each file, a list."""
     return [max(0, (len(tokens) - L) // stride + 1) for tokens in files]
 
 
 def read_sequences(files, index, stride, L):
-    """Return the sequences (n, L), int64, of these numbers (n,), counted over all files."""
+    """Return the sequences (n, L), int64, numbered `index` (n,), counted over all files."""
     counts = count_sequences(files, stride, L)
     rows = []
     for number in index.tolist():
@@ -180,22 +179,22 @@ def read_sequences(files, index, stride, L):
 
 
 def load(folder):
-    """Return the Corpus in a folder. The default one is made first where it is missing (3 s).
+    """Return the Corpus in a folder; make the default one first if it is missing (3 s).
 
-    Raises ValueError with the command to run where there is none, and as make_tokenizer does.
+    Raises ValueError if there is none, it is not whole, or its tokenizer cannot be loaded.
     """
     if folder == DEFAULT and not os.path.exists(folder):
-        from data import signatures  # not above, as it imports this file
+        from data import signatures  # here, as it imports this file
         signatures.prepare(folder)
 
     path = os.path.join(folder, "meta.json")
     if not os.path.isfile(path):
-        raise ValueError(f"{folder!r} is no folder with a corpus: make one with `python -m "
+        raise ValueError(f"{folder!r} is not a corpus folder: make one with `python -m "
                          "data.text FILE`, data.fasta or data.openwebtext")
     with open(path, encoding="utf-8") as f:
         meta = json.load(f)
 
-    make_tokenizer(meta["tokenizer"])  # says now, not at the first table, that it cannot be had
+    make_tokenizer(meta["tokenizer"])  # fails now, not at the first table, if it cannot be loaded
     return Corpus(folder, **meta, train=read_split(folder, "train"), val=read_split(folder, "val"))
 
 
@@ -206,21 +205,21 @@ def read_split(folder, split):
 
 
 def read_shard(path):
-    """Return the token ids in a file, memory-mapped uint16. Raises ValueError if it isn't whole."""
+    """Return the token ids in a file, memory-mapped uint16. Raises ValueError if not whole."""
     head = np.fromfile(path, "<i4", 3)
     tokens = (os.path.getsize(path) - 1024) // 2
     if head.tolist() != [MAGIC, VERSION, tokens]:
-        raise ValueError(f"{path} is no whole file of tokens in llm.c's format: make it again")
+        raise ValueError(f"{path} is not a whole token file in llm.c's format: make it again")
     return np.memmap(path, "<u2", "r", offset=1024)
 
 
 def read_lines(path, errors="strict", limit=-1):
-    """Yield the lines of a UTF-8 file, perhaps .gz or .xz, those longer than `limit` in pieces.
+    """Yield the lines of a UTF-8 file, also .gz or .xz, those longer than `limit` in pieces.
 
-    Raises ValueError if it cannot be read whole, or is a pipe: a file is read more than once.
+    Raises ValueError if it cannot be read whole, or is not a regular file, such as a pipe.
     """
     if not os.path.isfile(path):
-        raise ValueError(f"{path} is no file; if it is a pipe, save it first")
+        raise ValueError(f"{path} is not a file; if it is a pipe, save it first")
     _, suffix = os.path.splitext(path)
     opener = {".gz": gzip.open, ".xz": lzma.open}.get(suffix, open)
     try:
@@ -228,15 +227,15 @@ def read_lines(path, errors="strict", limit=-1):
             while line := f.readline(limit):
                 yield line
     except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error) as e:
-        raise ValueError(f"{path} cannot be read as UTF-8 text ({e})") from None
+        raise ValueError(f"{path} cannot be read as UTF-8 text ({e}): check the file") from None
 
 
 # ---------------------------------------------------------------------------------------- writing
 def write(folder, pieces, maker, tokenizer, length, made_from, framed=False):
     """Make the corpus in `folder` from pieces, an iterable of ("train" or "val", token ids).
 
-    It is written under a temporary name and renamed: neither a kill nor a second process leaves
-    a part that is taken for the whole. Raises ValueError if a split is empty.
+    It is written under a temporary name, then renamed, so that neither a kill nor a second process
+    leaves a partial corpus under its name. Raises ValueError if a split is empty.
     """
     meta = {"maker": maker, "tokenizer": tokenizer, "length": length, "framed": framed,
             "made_from": made_from}
@@ -246,8 +245,8 @@ def write(folder, pieces, maker, tokenizer, length, made_from, framed=False):
     with tempfile.TemporaryDirectory(".partial", f"{name}.", parent) as partial:
         counts = write_shards(partial, pieces)
         if not counts["train"] or not counts["val"]:
-            raise ValueError(f"there are {counts['train']} tokens to train and {counts['val']} to "
-                             f"validate for {folder}, and both are needed: give more text")
+            raise ValueError(f"{folder} would have {counts['train']} tokens to train and "
+                             f"{counts['val']} to validate, but needs both: give more text")
         with open(os.path.join(partial, "meta.json"), "w", encoding="utf-8") as f:
             json.dump(meta, f, indent=1)
         os.chmod(partial, 0o755)
@@ -256,7 +255,7 @@ def write(folder, pieces, maker, tokenizer, length, made_from, framed=False):
             os.rename(partial, folder)
         except OSError:
             if not os.path.exists(os.path.join(folder, "meta.json")):
-                raise  # else another process was faster
+                raise  # otherwise another process was faster
     print(f"{folder}: {counts['train']} tokens to train, {counts['val']} to validate")
 
 
@@ -284,9 +283,12 @@ def write_shards(folder, pieces):
 
 
 def write_rows(folder, texts, maker, tokenizer, length, made_from):
-    """`write` texts of at most `length` tokens; one in 20, chosen by a hash, validates."""
+    """Write texts of at most `length` tokens as rows; one in 20, by a hash, validates.
+
+    Raises ValueError if length < 1, or as `write` does.
+    """
     if length < 1:
-        raise ValueError(f"rows of {length} tokens cannot be: give a length of at least 1")
+        raise ValueError(f"rows cannot have {length} tokens: give a length of at least 1")
 
     pieces = []
     for text in texts:
@@ -307,21 +309,21 @@ def encode(texts, tokenizer, length):
 
 # ------------------------------------------------------------------------- command lines of makers
 def new_folder(folder, path):
-    """Return `folder`, or if it is None out/<stem of path>: where a maker puts its corpus.
+    """Return where a maker puts its corpus: `folder`, or out/<stem of path> if it is None.
 
-    Raises ValueError if there is something: a maker never writes over a corpus.
+    Raises ValueError if that exists: a maker never overwrites a corpus.
     """
     if folder is None:
         name = os.path.basename(os.path.abspath(path))
         stem, _ = os.path.splitext(name.removesuffix(".gz").removesuffix(".xz"))
         folder = os.path.join("out", stem)
     if os.path.exists(folder):
-        raise ValueError(f"{folder!r} is there already: delete it, or name another with --out")
+        raise ValueError(f"{folder!r} already exists: delete it, or name another with --out")
     return folder
 
 
 def say_next(folder, framed=False):
-    """Print what to run next: framed text is for an imported teacher."""
+    """Print the command to run next; framed text is for an imported teacher."""
     if framed:
         print(f"now run: python distill.py --data {folder}")
     else:
@@ -329,7 +331,7 @@ def say_next(folder, framed=False):
 
 
 def run(main):
-    """Run main(). What the user can mend is one line on stderr and exit code 2."""
+    """Run main(); print an error that users can fix in one line and exit with code 2."""
     try:
         main()
     except (ValueError, OSError) as e:

@@ -2,7 +2,7 @@
 
     python -m data.fasta swissprot.fasta.gz --length 128        # -> out/swissprot
 
-Any FASTA file, whatever its name, perhaps compressed by gzip or xz.
+Any FASTA file will do, also compressed as .gz or .xz.
 """
 import argparse
 import re
@@ -14,10 +14,10 @@ OTHER = re.compile(f"[^{corpus.AMINO_ACIDS}]")
 
 
 def read_fasta(path):
-    """Return the unique sequences of a FASTA file, sorted; letters beyond the 20 are X.
+    """Return the unique sequences of a FASTA file, sorted; letters other than the 20 become X.
 
-    Lines may be wrapped, lower case, comments (;) or end with the stop *. Headers are free text.
-    Raises ValueError that names the line that is no FASTA.
+    Lines may be wrapped, in lower case, comments (;), or end with the stop *. Headers are free
+    text. Raises ValueError, naming the line, if one is not FASTA.
     """
     sequences = []
     for number, line in enumerate(corpus.read_lines(path, "replace"), 1):
@@ -26,7 +26,7 @@ def read_fasta(path):
             sequences.append([])
         elif line and not line.startswith(";"):
             if not sequences or not re.fullmatch(r"[A-Za-z]*\*?", line):
-                raise ValueError(f"{path}, line {number} is no FASTA: {line[:40]!r}: give "
+                raise ValueError(f"{path}, line {number} is not FASTA: {line[:40]!r}: give "
                                  "sequences of letters, each below a line that begins with >")
             letters = line.removesuffix("*").upper()
             sequences[-1].append(OTHER.sub("X", letters))
@@ -36,20 +36,21 @@ def read_fasta(path):
 
 
 def main(argv=None):
-    """Run the command line argv, the shell's if None."""
+    """Run the command with arguments argv, the shell's if None."""
     parser = argparse.ArgumentParser(
         prog="python -m data.fasta",
         description="Make a corpus of the proteins in a FASTA file.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("file", help="FASTA, perhaps .gz or .xz")
-    parser.add_argument("--length", type=int, default=128, help="residues of a row")
-    parser.add_argument("--long", choices=("drop", "crop"), default="drop", help="longer ones")
+    parser.add_argument("file", help="FASTA file, also .gz or .xz")
+    parser.add_argument("--length", type=int, default=128, help="residues per row")
+    parser.add_argument("--long", choices=("drop", "crop"), default="drop",
+                        help="what to do with longer sequences")
     parser.add_argument("--out", help="corpus folder to make; None: out/<stem of the file>")
     args = parser.parse_args(argv)
 
     folder = corpus.new_folder(args.out, args.file)
     texts = read_fasta(args.file)
-    if texts and set().union(*texts) <= set("ACGTNX"):  # U is X by now
+    if texts and set().union(*texts) <= set("ACGTNX"):  # U has become X
         print(f"warning: {args.file} looks like DNA or RNA, but is read as amino acids",
               file=sys.stderr)
 

@@ -4,8 +4,8 @@
     python -m data.openwebtext --shards 1   # the first tar only, 0.4 billion
     python -m data.openwebtext --framed     # for a teacher of experiments.mdlm
 
-The tars are downloaded to --cache, going on where an earlier try stopped, and streamed: nothing is
-unpacked to the disk.
+The tars are downloaded to --cache, resuming an earlier try, and streamed: nothing is unpacked to
+disk.
 """
 import argparse
 import lzma
@@ -25,12 +25,12 @@ SHARDS = 21
 
 
 def download(url, path):
-    """Fetch url to path, going on where an earlier try stopped. Raises OSError if not all comes."""
+    """Fetch url to path, resuming an earlier try. Raises OSError if bytes are missing."""
     partial = f"{path}.partial"
     with open(partial, "ab") as f:
         request = urllib.request.Request(url, headers={"Range": f"bytes={f.tell()}-"})
         with urllib.request.urlopen(request, timeout=60) as answer:
-            if answer.status != 206:  # the whole file comes
+            if answer.status != 206:  # the server sends the whole file
                 f.truncate(0)
             with tqdm.wrapattr(answer, "read", answer.length) as bar:
                 shutil.copyfileobj(bar, f)
@@ -40,7 +40,7 @@ def download(url, path):
 
 
 def members(**where):
-    """Yield the name and the open file of each file in a tar, given as to tarfile.open."""
+    """Yield (name, open file) for each file in a tar, given as to tarfile.open."""
     with tarfile.open(**where) as tar:
         for member in tar:
             if member.isfile():
@@ -48,7 +48,7 @@ def members(**where):
 
 
 def pages(path):
-    """Yield (text, True) of each page in the compressed tars in a tar."""
+    """Yield (text, True) for each page in the compressed tars in a tar."""
     for name, archive in members(name=path, mode="r:"):
         if name.endswith(".xz"):
             for _, page in members(fileobj=archive, mode="r:xz"):
@@ -56,9 +56,9 @@ def pages(path):
 
 
 def documents(cache, shards):
-    """Yield (text, True) of each page; downloads the tars that are missing.
+    """Yield (text, True) for each page; download missing tars.
 
-    Raises ValueError that says how to go on if one cannot be fetched or read whole.
+    Raises ValueError, saying how to continue, if one cannot be fetched or read whole.
     """
     os.makedirs(cache, exist_ok=True)
     for number in range(shards):
@@ -69,12 +69,12 @@ def documents(cache, shards):
                 download(url, path)
             yield from pages(path)
         except (OSError, EOFError, HTTPException, tarfile.TarError, lzma.LZMAError) as e:
-            raise ValueError(f"{url} cannot be fetched or read ({e}): run again to go on; if that "
-                             f"does not help, delete {path}* or put the whole file there") from None
+            raise ValueError(f"{url} cannot be fetched or read ({e}): run again to resume; if "
+                             f"that fails, delete {path}* or put the whole file there") from None
 
 
 def main(argv=None):
-    """Run the command line argv, the shell's if None."""
+    """Run the command with arguments argv, the shell's if None."""
     parser = argparse.ArgumentParser(
         prog="python -m data.openwebtext",
         description="Download OpenWebText and make a corpus of it.",

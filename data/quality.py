@@ -1,8 +1,8 @@
-"""quality.py - what can be said of samples without another model: quality(x, corpus).
+"""quality.py - measure samples without another model: quality(x, corpus).
 
-Most measures compare with the validation split. Those of many samples together, which catch a
-collapse, depend on how many there are: read them beside the value of as many training sequences.
-A measure is a function of texts, or of token ids; what is said of held-out data is cached.
+Most measures compare with the validation split. Those over many samples, which catch a collapse,
+depend on their number: compare them with the value for the same number of training sequences. A
+measure is a function of texts or of token ids; statistics of held-out data are cached.
 """
 import functools
 import math
@@ -18,26 +18,26 @@ from data.signatures import is_signature
 
 ANNOTATION = re.compile(r"[(,]\s*\**\w+\s*:")  # of an argument
 
-HELD_OUT = 1000  # passages of the validation split that those of text are compared with
-COMMON = 1000  # words, the most frequent ones; all others are rare
+HELD_OUT = 1000  # passages of real text that samples are compared with
+COMMON = 1000  # most frequent words; all others are rare
 WORD = re.compile(r"[^\W\d_]+")
 QUOTE = re.compile(r"[\"\u201c\u201d]")
 SENTENCE_END = re.compile(r"[.!?][\"\u201d]?(?=\s|$)")
 
 K, SAME = 5, 0.5  # a protein is novel if no training sequence has half of its 5-mers
-WINDOW, LOW = 12, 2.2  # low complexity: 12 residues of less than 2.2 bits, the trigger of SEG
+WINDOW, LOW = 12, 2.2  # low complexity: 12 residues below 2.2 bits, SEG's trigger
 
 
 # ------------------------------------------------------------------------------------- statistics
 def entropy(sequence):
-    """Return the entropy, nats, of the items of a sequence or Counter; 0 if there is none."""
+    """Return the entropy, nats, of the items of a sequence or Counter; 0 if it is empty."""
     counts = Counter(sequence)
     total = counts.total()
     return -sum(n / total * math.log(n / total) for n in counts.values())
 
 
 def ngrams(sequences, n):
-    """Return a Counter of the overlapping n-grams, tuples, in all sequences, pooled."""
+    """Return a Counter of the overlapping n-grams, tuples, pooled over all sequences."""
     counts = Counter()
     for s in sequences:
         counts.update(zip(*(s[i:] for i in range(n))))
@@ -45,7 +45,7 @@ def ngrams(sequences, n):
 
 
 def shares(ours, theirs):
-    """Return (2, items), float64: the share of each item, sorted, in two iterables or Counters."""
+    """Return the shares (2, items), float64, of the sorted items in two iterables or Counters."""
     counters = [Counter(ours), Counter(theirs)]
     items = sorted(counters[0] | counters[1])
     counts = torch.tensor([[counter[item] for item in items] for counter in counters]).double()
@@ -53,7 +53,7 @@ def shares(ours, theirs):
 
 
 def jensen_shannon(ours, theirs):
-    """Return the Jensen-Shannon divergence, nats, of two Counters; ln 2 if one is empty."""
+    """Return the Jensen-Shannon divergence, nats, between two Counters; ln 2 if one is empty."""
     if not ours or not theirs:
         return math.log(2)
     both = shares(ours, theirs)
@@ -62,17 +62,17 @@ def jensen_shannon(ours, theirs):
 
 
 def total_variation(ours, theirs):
-    """Return half of the summed differences of items' shares in two iterables, 0 to 1."""
+    """Return the total variation, 0 to 1, between the shares of items in two iterables."""
     return shares(ours, theirs).diff(dim=0).abs().sum().item() / 2
 
 
 def ks(ours, theirs):
-    """Return the Kolmogorov-Smirnov statistic: the largest gap of numbers' cumulative shares."""
+    """Return the Kolmogorov-Smirnov statistic: the largest gap between cumulative shares."""
     return shares(ours, theirs).diff(dim=0).cumsum(1).abs().max().item()
 
 
 def distinct(texts):
-    """Return the share of texts that are left if each is counted once."""
+    """Return the number of different texts divided by the number of texts."""
     return len(set(texts)) / len(texts)
 
 
@@ -84,25 +84,25 @@ def val_ngrams(corpus, n):
 
 # -------------------------------------------------------------------------------------- signatures
 def kind(text):
-    """Return what makes a line hard: (has it a return type, a default or an annotation?)."""
+    """Return what makes a line hard: (has a return type, has a default or an annotation)."""
     return "->" in text, "=" in text or has_hint(text)
 
 
 def has_hint(text):
-    """Has an argument an annotation?"""
+    """Return whether an argument has an annotation."""
     return bool(ANNOTATION.search(text))
 
 
 def features(text):
-    """Return the cell of `tv`: six things that one sees at a glance."""
+    """Return the cell for `tv`: six features that one sees at a glance."""
     return ("->" in text, "=" in text, has_hint(text), "(self" in text,
             min(text.count(","), 2), text.lower() != text)
 
 
 def post(texts, real):
-    """Return `valid`, were texts of each kind as frequent as among real ones: post-stratified.
+    """Return `valid`, post-stratified: each kind is weighted by its share of the real texts.
 
-    A kind of which there is no text counts as bad: what is avoided is not done well.
+    A kind without texts counts as invalid, so that avoiding it gains nothing.
     """
     valid = defaultdict(list)
     for text in texts:
@@ -112,10 +112,10 @@ def post(texts, real):
 
 
 def rare(texts, real):
-    """Return how often texts have rare characters, divided by how often real ones do.
+    """Return the frequency of rare characters in texts, divided by that in real ones.
 
-    A character is rare, as most digits and capitals are, if it is less than one in 200 of the real
-    ones'. A low temperature loses them. One at least is counted on either side.
+    A character is rare, as most digits and capitals are, if it makes up less than one in 200 of
+    the real ones. A low temperature loses them. At least one is counted on either side.
     """
     counts = Counter("".join(real))
     common = {c for c, n in counts.items() if n >= counts.total() / 200}
@@ -158,7 +158,7 @@ def measure_signatures(x, corpus):
 # -------------------------------------------------------------------------------------------- text
 @functools.lru_cache
 def common_words(corpus, L):
-    """Return the most frequent words, lower case, of passages spread over the training split."""
+    """Return the set of most frequent words, lower case, in passages across the training split."""
     last = corpus.count(corpus.train, L, L) - 1
     index = np.linspace(0, last, HELD_OUT).astype(int)
     passages = corpus.decode(read_sequences(corpus.train, index, L, L))
@@ -189,8 +189,8 @@ def cells(values, cuts):
 def real_passages(corpus, L):
     """Return the cuts (6,) of validation passages' traits, their cells, and a Counter of 3-grams.
 
-    The first three traits are cut at their medians, the others at 0: there or not. More classes,
-    such as thirds, would see less: of 1,000 passages in more cells tv counts mostly chance.
+    The first three traits are cut at their medians, the others at 0: present or not. More classes,
+    such as thirds, would show less: with 1,000 passages in more cells, tv is mostly chance.
     """
     x = corpus.held_out(HELD_OUT, L)
     values = traits(corpus.decode(x), common_words(corpus, L))
@@ -208,13 +208,13 @@ def repeated(ids):
 def measure_text(x, corpus):
     """Return the measures of samples x (B, L) of packed text.
 
-    entropy: that of the tokens within a text, nats; bigram: entropy of all texts' pairs of tokens,
-    pooled, nats; rep4: share of a text's 4-grams that occurred in it before; js3: Jensen-Shannon
+    entropy: of the tokens within a text, nats; bigram: of the pairs of tokens, pooled over texts,
+    nats; rep4: share of a text's 4-grams that occurred in it before; js3: Jensen-Shannon
     divergence of pooled 3-grams of tokens, nats; tv: total variation of the joint cells of six
     yes/no traits: more sentence ends, more capitals, a larger share of words not among the 1,000
     most frequent than the median validation passage has; any capital, digit, double quote. bigram
-    and js3 depend on L, too. With GPT-2's tokens js3 is near its most, ln 2 = 0.693, even of real
-    passages, as most 3-grams of this few are unique.
+    and js3 also depend on L. With GPT-2's tokens js3 is near its maximum, ln 2 = 0.693, even for
+    real passages, as most of their 3-grams are unique.
     """
     L = x.shape[1]
     passages = corpus.decode(x)
@@ -234,7 +234,7 @@ def measure_text(x, corpus):
 # ---------------------------------------------------------------------------------------- proteins
 @functools.lru_cache
 def kmer_index(corpus):
-    """Return {5-mer: numbers of the training sequences that have it}."""
+    """Return {5-mer: numbers of the training sequences that contain it}."""
     index = defaultdict(list)
     for number, text in enumerate(corpus.texts("train")):
         for kmer in ngrams([text], K):
@@ -243,14 +243,14 @@ def kmer_index(corpus):
 
 
 def best_match(text, index):
-    """Return the largest share of a sequence's 5-mers that one training sequence has, too."""
+    """Return the largest share of a sequence's 5-mers that one training sequence contains."""
     kmers = ngrams([text], K)
     hits = Counter(number for kmer in kmers for number in index.get(kmer, ()))
     return max(hits.values(), default=0) / max(len(kmers), 1)
 
 
 def is_low(text):
-    """Has it a window of low complexity (Wootton and Federhen 1993)?"""
+    """Return whether a window has low complexity (Wootton and Federhen 1993)."""
     return any(entropy(window) < LOW * math.log(2) for window in ngrams([text], WINDOW))
 
 
@@ -258,9 +258,9 @@ def measure_proteins(x, corpus):
     """Return the measures of samples x (B, L) of proteins.
 
     ks: Kolmogorov-Smirnov statistic of the lengths; js1, js2: Jensen-Shannon divergence of the
-    amino acids and of their pairs, nats; novel: share that have fewer than half of their 5-mers in
-    common with every single training sequence; low: share with a stretch of low complexity; length:
-    residues; entropy: within a sequence, nats.
+    amino acids and of their pairs, nats; novel: share with fewer than half of their 5-mers in any
+    one training sequence; low: share with a stretch of low complexity; length: residues;
+    entropy: within a sequence, nats.
     """
     texts = corpus.decode(x)
     return {
@@ -285,11 +285,11 @@ SHOWN = {  # what training tables show
 
 
 def quality(x, corpus):
-    """Return all measures, {name: value}, of samples x (B, L) beside a Corpus."""
+    """Return all measures, {name: value}, of samples x (B, L) against a Corpus."""
     return MEASURES[corpus.maker](x, corpus)
 
 
 def shown(x, corpus):
-    """Return the few of them that training tables show."""
+    """Return only the measures that training tables show."""
     measures = quality(x, corpus)
     return {name: measures[name] for name in SHOWN[corpus.maker]}

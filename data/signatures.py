@@ -1,10 +1,10 @@
-"""signatures.py - the embedded default corpus: Python function signatures found on this machine.
+"""signatures.py - the default corpus: Python function signatures found on this machine.
 
     python -m data.signatures                      # -> out/signatures, 3 s, downloads nothing
 
 Some 30,000 unique lines such as `def sample(self, n=1) -> Tensor:` from the sources of the standard
-library, torch and numpy. The quality of samples can be checked without a second model: does
-Python's parser accept them?
+library, torch and numpy. Samples can be checked without a second model: Python's parser accepts
+them or not.
 """
 import argparse
 import ast
@@ -25,7 +25,7 @@ NOT_SOURCES = ("site-packages", "dist-packages", "__pycache__")
 
 
 def is_signature(text):
-    """Does Python's parser accept this line, given a body, as one function definition?"""
+    """Return whether Python parses this line, given a body, as one function definition."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -36,7 +36,7 @@ def is_signature(text):
 
 
 def source_files(folder):
-    """Yield the paths of all Python sources below a folder, other packages left out."""
+    """Yield the paths of all Python sources below a folder, without other packages."""
     for path in pathlib.Path(folder).iterdir():
         if path.is_dir() and path.name not in NOT_SOURCES:
             yield from source_files(path)
@@ -47,8 +47,8 @@ def source_files(folder):
 def find_signatures(length):
     """Return the sorted unique lines `def NAME(..)..:` of fewer than `length` ASCII bytes.
 
-    They are from the standard library, torch and numpy. Tests' functions and the few lines that are
-    no Python (templates in strings) are left out.
+    They come from the standard library, torch and numpy. Test functions and the few lines that are
+    not Python (templates in strings) are left out.
     """
     lines = set()
     for root in (sysconfig.get_paths()["stdlib"], *torch.__path__, *np.__path__):
@@ -61,7 +61,7 @@ def find_signatures(length):
 
 
 def prepare(folder, length=48):
-    """Make the corpus of all lines shorter than `length`."""
+    """Make the corpus of all lines shorter than `length` bytes."""
     made_from = {"python": platform.python_version(), "torch": torch.__version__,
                  "numpy": np.__version__}
     texts = find_signatures(length)
@@ -69,13 +69,13 @@ def prepare(folder, length=48):
 
 
 def main(argv=None):
-    """Run the command line argv, the shell's if None."""
+    """Run the command with arguments argv, the shell's if None."""
     parser = argparse.ArgumentParser(
         prog="python -m data.signatures",
         description="Make the default corpus, Python signatures.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default=corpus.DEFAULT, help="corpus folder to make")
-    parser.add_argument("--length", type=int, default=48, help="bytes of a row, the end included")
+    parser.add_argument("--length", type=int, default=48, help="bytes per row, including the end")
     args = parser.parse_args(argv)
 
     folder = corpus.new_folder(args.out, None)

@@ -1,8 +1,8 @@
-"""test_data.py - corpora and measures against answers that are known, or computed in another way.
+"""test_data.py - corpora and measures against answers known, or computed in another way.
 
     python -m pytest -q data/test_data.py
 
-No network: bytes stand in for GPT-2's tokens, and a server on loopback for OpenWebText's.
+No network: bytes replace GPT-2's tokens, and a server on loopback replaces OpenWebText's.
 """
 import dataclasses
 import gzip
@@ -38,14 +38,14 @@ FASTA = b"; a comment\r\n>\xe9 one\nMKVL\nWAAG*\n\n>two\nmkvlbzuj\n>empty\n>agai
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """Every test runs in a folder of its own."""
+    """Run every test in a folder of its own."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
 def gpt2(monkeypatch):
-    """Let GPT-2's tokens, which would have to be downloaded, be bytes."""
+    """Replace GPT-2's tokens, which would have to be downloaded, by bytes."""
     tokenizer = corpus.make_tokenizer("bytes")
     monkeypatch.setattr(corpus, "make_tokenizer", lambda name: tokenizer)
 
@@ -68,7 +68,7 @@ def tokens(folder, split):
 
 
 def in_memory(train, val, length=0, maker="text", tokenizer="bytes"):
-    """Return a corpus of lists of tokens, each of which is a file."""
+    """Return a corpus of lists of tokens, one list per file."""
     files = [[np.array(ids, "<u2") for ids in split] for split in (train, val)]
     return corpus.Corpus("c", maker, tokenizer, length, {}, *files)
 
@@ -204,7 +204,7 @@ def test_a_shard_that_is_not_whole_is_refused(folder, part):
 
     path.write_bytes(path.read_bytes()[part])
 
-    with pytest.raises(ValueError, match="train.bin is no whole file"):
+    with pytest.raises(ValueError, match="train.bin is not a whole"):
         corpus.load("c")
 
 
@@ -247,7 +247,7 @@ def test_what_fails_leaves_nothing():
 def test_nothing_is_written_over():
     os.mkdir("c")
 
-    with pytest.raises(ValueError, match="'c' is there already"):
+    with pytest.raises(ValueError, match="'c' already exists"):
         text.main(["a.txt", "--out", "c"])
 
 
@@ -268,7 +268,7 @@ def test_what_the_user_can_mend_is_one_line(capsys, error, code, said):
 
 # -------------------------------------------------------------------------------- GPT-2's tokens
 def test_gpt2s_files_that_are_missing_or_damaged(folder, monkeypatch):
-    """tiktoken takes a damaged one away, and asks the network."""
+    """tiktoken removes a damaged file, then asks the network."""
     name = re.search(r"`vocab.bpe` \| `(\w+)`", (HERE / "README.md").read_text())[1]
     (folder / name).touch()
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
@@ -298,7 +298,7 @@ def test_what_cannot_be_read_whole_is_refused(folder, name, content):
 def test_a_pipe_is_refused(gpt2, main):
     os.mkfifo("pipe")
 
-    with pytest.raises(ValueError, match="pipe is no file.*save it first"):
+    with pytest.raises(ValueError, match="pipe is not a file.*save it first"):
         main(["pipe"])
 
 
@@ -424,7 +424,7 @@ def test_fasta_in_all_its_forms(folder, name, pack):
 def test_what_is_no_fasta_is_named_by_its_line(folder, content, number):
     (folder / "p.fasta").write_text(content)
 
-    with pytest.raises(ValueError, match=f"p.fasta, line {number} is no FASTA"):
+    with pytest.raises(ValueError, match=f"p.fasta, line {number} is not FASTA"):
         fasta.main(["p.fasta"])
 
 
@@ -451,7 +451,7 @@ def test_dna_is_warned_of(folder, capsys):
 
 # ------------------------------------------------------------------------------------ openwebtext
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves `body` up to `cut`, from where it is asked to."""
+    """Serve `body` up to `cut`, from the byte that is asked for."""
     cut = None
 
     def do_GET(self):
@@ -464,7 +464,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(folder, gpt2, monkeypatch):
-    """A tar of an xz-compressed tar of 120 texts, as in the data set, served on loopback."""
+    """Serve a tar of an xz-compressed tar of 120 texts, as in the data set, on loopback."""
     (folder / "pages").mkdir()
     for i in range(120):
         (folder / f"pages/{i:03d}.txt").write_text(f"page {i}")
@@ -545,11 +545,11 @@ LINES = ["def a(x) -> int:", "def b(x=1):", "def c(x):", "def d(y):"]
 
 
 @pytest.mark.parametrize("name, exact", [
-    ("valid", 0.5),  # (z)) and (x=: are no Python
+    ("valid", 0.5),  # (z)) and (x=: are not Python
     ("post", 0.5 * 0.5 + 0.25 * 0.5 + 0.25 * 0),  # plain, with a default, no ->
     ("tv", 0.25),  # a quarter has = instead of ->
     ("ks", 0.25),  # three of ours have 9 characters, two of theirs
-    ("rare", 3 / 38 * 45),  # z, z and 2: counted as one of their 45
+    ("rare", 3 / 38 * 45),  # z, z and 2; theirs count as one of 45
     ("length", 9.5),
     ("length_sd", 0.75 ** 0.5),
 ])
@@ -571,7 +571,7 @@ def test_shares_of_signatures_by_hand():
 
 
 @pytest.mark.parametrize("texts, name, exact", [
-    (["ACDEFGHI", "A" * 16], "ks", 0.5),  # up to 10 lie all of theirs, and half of ours
+    (["ACDEFGHI", "A" * 16], "ks", 0.5),  # all of theirs have 10 or fewer, half of ours
     (["ACDEFGHMNMM"], "novel", 1),  # three of seven 5-mers are in a training sequence
     (["ACDEFY"], "novel", 0),  # one of two
     (["ACDEACDEACDE", "ACDEFGACDEFG"], "low", 0.5),  # 2 and 2.6 bits
@@ -585,7 +585,7 @@ def test_measures_of_proteins_by_hand(texts, name, exact):
 
 
 def test_repeated_4_grams_by_hand():
-    assert quality.repeated([1, 2, 3, 4, 1, 2, 3, 4]) == 1 / 5  # 1234 is there again
+    assert quality.repeated([1, 2, 3, 4, 1, 2, 3, 4]) == 1 / 5  # 1234 occurs again
     assert quality.repeated("abc") == 0
 
 
@@ -629,7 +629,7 @@ def test_tables_show_some_measures():
 
 # ------------------------------------------------------------------------------------ bad samplers
 def far(bad, real):
-    """Return the names of measures that are far outside of what as many real samples get."""
+    """Return the names of measures that are far from those of real samples, equal in number."""
     found = set()
     for name in bad:
         values = [q[name] for q in real]
@@ -655,7 +655,7 @@ FIRST = people(1)[0]
 
 @pytest.fixture(scope="module")
 def lines():
-    """A corpus of signatures, its training lines, and the measures of 20 draws of 500 of them."""
+    """Return a corpus of signatures, its training lines, and measures of 20 draws of 500 lines."""
     random.seed(0)
     texts = people(6000)
     train = texts[:5000]
@@ -683,7 +683,7 @@ def test_bad_samplers_of_signatures_are_caught(lines, keep, caught, blind):
 
 @pytest.fixture(scope="module")
 def passages():
-    """A corpus of sentences, 500 passages of it, and the measures of 20 draws of as many."""
+    """Return a corpus of sentences, 500 of its passages, and measures of 20 other draws of 500."""
     torch.manual_seed(0)
     draw = random.Random(0)
     words = ["".join(draw.choices("etaoinshrdlu", k=2 + i % 7)) for i in range(3000)]

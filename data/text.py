@@ -16,11 +16,11 @@ import re
 
 from data import corpus
 
-FRAMED = "sequences begin and end with an end token, as those of MDLM's published teacher do"
-SUFFIXES = (".txt", ".gz", ".xz")  # of text in a folder
-PIECE = 1 << 16  # a longer document comes in pieces of about this many characters
-SMALL = 1 << 22  # bytes: below, one piece in 200 might be nothing at all, so it is one in 20
-GROUP = 128  # pieces that are encoded at once
+FRAMED = "begin and end each sequence with an end token, as in training the published MDLM"
+SUFFIXES = (".txt", ".gz", ".xz")  # text files in a folder
+PIECE = 1 << 16  # a longer document is split into pieces of about this many characters
+SMALL = 1 << 22  # bytes: below this, one piece in 200 might be none, so it is one in 20
+GROUP = 128  # pieces encoded at once
 
 
 def find(path, pattern):
@@ -32,9 +32,9 @@ def find(path, pattern):
 
 
 def documents(names, limit):
-    """Yield (text, whole) of the files; documents of more than `limit` characters in pieces.
+    """Yield (text, whole) from the files, documents of more than `limit` characters in pieces.
 
-    whole is true of a document's last piece.
+    `whole` is True for a document's last piece.
     """
     for name in names:
         text = ""
@@ -51,9 +51,9 @@ def documents(names, limit):
 
 
 def tokenize(pieces, tokenizer="gpt2", every=200):
-    """Yield (split, tokens) of pieces, an iterator of (text, whole), an end after each document.
+    """Yield (split, tokens) for an iterator of (text, whole), with an end after each document.
 
-    The first of `every` pieces validates.
+    The first of every `every` pieces validates.
     """
     encoding = corpus.make_tokenizer(tokenizer)
     number = 0
@@ -68,19 +68,23 @@ def tokenize(pieces, tokenizer="gpt2", every=200):
 
 
 def shards(names, tokenizer):
-    """Yield (split, tokens) of ready-made shards: those with the word "val" in a name validate."""
+    """Yield (split, tokens) of ready-made shards: those with the word "val" in the name validate.
+
+    Raises ValueError if a token is not in the vocabulary.
+    """
     vocabulary = corpus.make_tokenizer(tokenizer).n_vocab
     for name in names:
         words = re.split("[^a-z]+", os.path.basename(name))
         split = "val" if "val" in words else "train"
         tokens = corpus.read_shard(name)
         if tokens.max() >= vocabulary:
-            raise ValueError(f"{name} has token {tokens.max()}, but {tokenizer} has {vocabulary}")
+            raise ValueError(f"{name} has token {tokens.max()}, but {tokenizer} has {vocabulary} "
+                             "tokens: name another --tokenizer")
         yield split, tokens
 
 
 def prepare(path, folder, tokenizer, framed):
-    """Make the corpus from a file or folder, streamed."""
+    """Make the corpus from a file or folder, streaming it."""
     path = os.path.normpath(path)
     names = find(path, "*.bin")
     if names:
@@ -91,7 +95,7 @@ def prepare(path, folder, tokenizer, framed):
             names = [name for name in find(path, "**/*") if name.endswith(SUFFIXES)]
         size = sum(map(os.path.getsize, names))
         every = 20 if size < SMALL else 200
-        limit = min(PIECE, max(64, size // 20))  # so that one small document is in both splits
+        limit = min(PIECE, max(64, size // 20))  # puts one small document in both splits
         pieces = tokenize(documents(names, limit), tokenizer, every)
 
     made_from = {"path": path, "files": len(names)}
@@ -99,14 +103,14 @@ def prepare(path, folder, tokenizer, framed):
 
 
 def main(argv=None):
-    """Run the command line argv, the shell's if None."""
+    """Run the command with arguments argv, the shell's if None."""
     parser = argparse.ArgumentParser(
         prog="python -m data.text",
-        description="Make a corpus of text, packed.",
+        description="Make a corpus of packed text.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("path", help="a UTF-8 file, a folder of them, or of shards *.bin")
+    parser.add_argument("path", help="a UTF-8 file, or a folder of them or of shards *.bin")
     parser.add_argument("--tokenizer", choices=("gpt2", "bytes"), default="gpt2",
-                        help="what a token is")
+                        help="what the tokens are")
     parser.add_argument("--framed", action="store_true", help=FRAMED)
     parser.add_argument("--out", help="corpus folder to make; None: out/<stem of the path>")
     args = parser.parse_args(argv)

@@ -3,9 +3,9 @@
     python -m experiments.ablate experiments/results/ablation.json
     python -m experiments.ablate out/ablation.json --seeds 0 --flags="--minutes 2"
 
-One run after the other, each a process of its own; what the file has is not made again, so after
-Ctrl-C the same command goes on. Each student writes texts in 4, 8, 16 and 32 steps, for the
-measures of its corpus and the perplexity under the judge --causal, if it is there.
+Runs go one after the other, each in its own process; rows that the file has are not made again, so
+after Ctrl-C the same command continues. Each student writes texts in 4, 8, 16 and 32 steps, for the
+measures of its corpus and, if --causal exists, the perplexity under that judge.
 """
 import itertools
 import os
@@ -18,9 +18,9 @@ from experiments import common
 from experiments.evaluate import DIGITS, causal_judge
 from model import COUNT, NATURAL, add_device_flags, make_parser, run, setup
 
-# flags of distill.py; rows side by side that differ in the sampler alone share a run
+# flags of distill.py; adjacent rows that differ only in the sampler share a run
 ROWS = {
-    # as in the paper's table, in its setting: each row has one thing more than the one before
+    # as in the paper's table and setting: each row adds one component to the row before
     "none": "--paper --K 1 --no-coupled --no-w --no-pi --kl 0 --entropy 0 --no-group_norm",
     "+ intermediate-state matching":
         "--paper --no-coupled --no-w --no-pi --kl 0 --entropy 0 --no-group_norm",
@@ -30,7 +30,7 @@ ROWS = {
     "+ KL and entropy": "--paper --no-group_norm",
     "+ grouped normalisation": "--paper",
     "+ guided sampler": "--paper",
-    # one thing less than all, in the paper's setting
+    # all components but one, in the paper's setting
     "all but intermediate-state matching": "--paper --K 1",
     "all but coupled time": "--paper --no-coupled",
     "all but w(t)": "--paper --no-w",
@@ -60,25 +60,25 @@ KEPT = ("post", "judge_ppl", "tv", "js3", "entropy", "ks", "rare", "returns", "j
 def parse_flags(argv=None):
     p = make_parser(__doc__)
     add = p.add_argument
-    add("file", help="results, {label: {seed: row}}, JSON; an existing file is continued")
+    add("file", help="results, JSON {label: {seed: row}}; an existing file is continued")
     add("--teacher", default="out/{seed}/teacher.pt", help="checkpoints; {seed} is the run's seed")
-    add("--seeds", type=COUNT, nargs="+", default=(0, 1, 2), help="one run of each row for each")
+    add("--seeds", type=COUNT, nargs="+", default=(0, 1, 2), help="one run of each row per seed")
     add("--flags", default="", help="flags of distill.py for every run")
     add("--causal", default="out/causal.pt", help="the judge, of train_teacher.py --causal")
     add("--num", type=NATURAL, default=1000, help="texts to measure: standard error .015 at 1,000")
-    add("--out", default="out/ablation.pt", help="where each student lies until the next run")
+    add("--out", default="out/ablation.pt", help="checkpoint, overwritten by each run")
     add_device_flags(p)
-    p.set_defaults(seed=4321)  # of the texts to measure, the same for every student
+    p.set_defaults(seed=4321)  # for the measured texts, the same for every student
     return p.parse_args(argv)
 
 
 def distil(args, seed, flags):
-    """Run distill.py with these flags. Raises ValueError if it fails; it has said why."""
+    """Run distill.py with these flags. Raises ValueError if it fails; it has printed why."""
     command = [sys.executable, distill.__file__, *args.flags.split(), *flags.split()]
     command += ["--device", args.device, "--seed", str(seed), "--eval_every", "1000000"]
     command += ["--teacher", args.teacher.replace("{seed}", str(seed)), "--out", args.out]
     if subprocess.run(command).returncode:
-        raise ValueError(f"this run failed: {' '.join(command[1:])}")
+        raise ValueError(f"this run failed, see above: {' '.join(command[1:])}")
 
 
 def measure(args, guided, judge, device, bf16):
@@ -96,7 +96,7 @@ def measure(args, guided, judge, device, bf16):
 
 
 def print_table(results):
-    """Print mean +- standard deviation over the seeds, in 8 and in 16 steps."""
+    """Print mean +- standard deviation over seeds, in 8 and in 16 steps."""
     rows = {label: list(results[label].values()) for label in ROWS if label in results}
     measured = next(iter(rows.values()))[0]
     columns = {f"{name}@{steps}": DIGITS[name] for steps in (8, 16) for name in KEPT}

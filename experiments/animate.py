@@ -1,4 +1,4 @@
-"""animate.py - a GIF of three models that write side by side, in real time. Needs matplotlib.
+"""animate.py - a GIF of three models writing side by side at true speed ratios; needs matplotlib.
 
     python -m experiments.animate assets/writing.gif
 """
@@ -22,14 +22,14 @@ def parse_flags(argv=None):
     add("--student", default="out/student.pt", help="checkpoint of distill.py")
     add("--causal", default="out/causal.pt", help="checkpoint of train_teacher.py --causal")
     add("--lines", type=NATURAL, default=10, help="texts that each model writes at once")
-    add("--seconds", type=POSITIVE, default=12.0, help="what the slowest model takes in the GIF")
-    add("--fps", type=NATURAL, default=10, help="frames a second")
+    add("--seconds", type=POSITIVE, default=12.0, help="time of the slowest model")
+    add("--fps", type=NATURAL, default=10, help="frames per second")
     add_device_flags(p)
     return p.parse_args(argv)
 
 
 def as_text(ids, model):
-    """Return the tokens of one text, a list, up to its end, with a dot for each mask."""
+    """Return one text, a list of tokens, as a str up to its end, with a dot for each mask."""
     encoding = corpus.make_tokenizer(model.tokenizer)
     text = ""
     for token in ids:
@@ -43,13 +43,13 @@ def as_text(ids, model):
 
 
 def record(model, num, steps, seed):
-    """Return [(seconds since the beginning, texts)] after each step of a model."""
+    """Return [(seconds since the start, texts)], one pair for each step of a model."""
     states = []
 
     def on_step(z):
         states.append((time.perf_counter() - begin, z.tolist()))
 
-    common.write(model, num, steps)  # not timed
+    common.write(model, num, steps)  # warm-up, not timed
     torch.manual_seed(seed)
     begin = time.perf_counter()
     z = model.net.start(model.net.draw_lengths(num))
@@ -58,7 +58,7 @@ def record(model, num, steps, seed):
 
 
 def paint(ax, title, frames, now):
-    """Draw one model's texts at the second `now`."""
+    """Draw one model's texts at time `now`, seconds."""
     ax.clear()
     ax.set_axis_off()
     seconds = min(now, frames[-1][0])
@@ -74,7 +74,7 @@ def paint(ax, title, frames, now):
 
 
 def animate(panels, args):
-    """Write the GIF of panels, [(title, frames)], all slowed down by one factor."""
+    """Write the GIF of panels, [(title, frames)], all slowed down by the same factor."""
     slow = args.seconds / max(frames[-1][0] for _, frames in panels)
     figure = Figure(figsize=(12, 2.6), layout="constrained")
     axes = figure.subplots(1, len(panels))

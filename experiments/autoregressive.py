@@ -1,10 +1,10 @@
-"""autoregressive.py - the baseline: one token after the other, with a key-value cache.
+"""autoregressive.py - the baseline: one token at a time, with a key-value cache.
 
     python train_teacher.py --causal                         # makes out/causal.pt
     python -m experiments.autoregressive --num 16            # 16 samples of it
 
-At the top a causal model is only trained, and it judges without a cache. Left out on purpose:
-prompts, top-k and top-p; it is compared at --temperature alone.
+The scripts at the top only train a causal model, and judging needs no cache. Left out on purpose:
+prompts, top-k and top-p; comparisons vary --temperature alone.
 """
 import torch
 import torch.nn.functional as F
@@ -29,8 +29,8 @@ def new_cache(net, B):
 
 
 def attend(block, h, cos, sin, kv, i):
-    """Return model.Block's output for h (B, 1, D), position i alone; kv (2, B, H, L, D/H) gets its
-    keys and values."""
+    """Return model.Block's output (B, 1, D) for h (B, 1, D) at position i; store its key and value
+    in kv (2, B, H, L, D/H)."""
     qkv = block.qkv(block.norm1(h))
     qkv = qkv.view(len(h), 3, block.n_head, 1, -1)
     q, k, v = qkv.unbind(1)  # (B, H, 1, D/H) each
@@ -49,7 +49,7 @@ def attend(block, h, cos, sin, kv, i):
 
 
 def next_logits(net, token, i, cache):
-    """Return the logits (B, V) of what follows token (B,), which a causal model reads at i."""
+    """Return the logits (B, V) for the token after `token` (B,), which stands at position i."""
     h = net.embed(token[:, None])  # (B, 1, D)
     with torch.autocast(h.device.type, torch.bfloat16, enabled=net.bf16):
         for block, kv in zip(net.blocks, cache):
@@ -62,9 +62,9 @@ def next_logits(net, token, i, cache):
 
 @torch.no_grad()
 def autoregress(net, B, pad_id, temperature=1.0, on_step=None):
-    """Write B texts: x (B, L), padded with pad_id, and nfe (B,), the calls until each has ended.
+    """Return B texts x (B, L), padded with pad_id, and nfe (B,), the calls until each has ended.
 
-    pad_id is -1 where texts are packed and nothing ends. on_step(x so far) follows each token.
+    pad_id is -1 where texts are packed and never end. on_step(x so far) is called after each token.
     """
     x = torch.full((B, net.config.length), pad_id, device=net.lengths.device)
     token = torch.full_like(x[:, 0], net.config.mask_id)  # the mask stands before x_1
@@ -91,8 +91,8 @@ def main(argv=None):
     p = make_parser(__doc__)
     add = p.add_argument
     add("--model", default="out/causal.pt", help="checkpoint of train_teacher.py --causal")
-    add("--num", type=NATURAL, default=16, help="how many texts, all at once")
-    add("--temperature", type=POSITIVE, default=1.0, help="divides the logits; 1: the model's law")
+    add("--num", type=NATURAL, default=16, help="number of texts, all at once")
+    add("--temperature", type=POSITIVE, default=1.0, help="divides the logits")
     add_device_flags(p)
     args = p.parse_args(argv)
 

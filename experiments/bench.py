@@ -1,12 +1,12 @@
-"""bench.py - speed.
+"""bench.py - measure speed.
 
     python -m experiments.bench models                     # writing: teacher, student, causal
     python -m experiments.bench training                   # a training step of the teacher
     python -m experiments.bench distillation --flags="--accumulate 4"    # a student's update
     python -m experiments.bench sampler                    # ours against the usual sampler
 
-`training` and `distillation` run the script itself for --times updates and read its log; --flags
-go to it.
+`training` and `distillation` run the script itself for --times updates and read its log; --flags go
+to that script.
 """
 import os
 import tempfile
@@ -32,17 +32,17 @@ def parse_flags(argv=None):
     add("--teacher", default="out/teacher.pt", help="checkpoint of train_teacher.py")
     add("--student", default="out/student.pt", help="checkpoint of distill.py")
     add("--causal", default="out/causal.pt", help="checkpoint of train_teacher.py --causal")
-    add("--at_once", type=NATURAL, default=256, help="texts at once, besides one at a time")
+    add("--at_once", type=NATURAL, default=256, help="texts per batch, besides one at a time")
     add("--times", type=NATURAL, default=20, help="updates to time")
-    add("--flags", default="", help="flags of the script that is timed")
+    add("--flags", default="", help="flags for the timed script")
     add("--json", help="add the rows to this file")
-    add("--label", default="default", help="with --json: what to call them")
+    add("--label", default="default", help="with --json: their name")
     add_device_flags(p)
     return p.parse_args(argv)
 
 
 def bench_training(args, device, bf16):
-    """Run a training script for a few updates; return a row with the mean time of the last."""
+    """Run a training script for a few updates; return a row, the mean time of the last --times."""
     script = train_teacher
     flags = [*args.flags.split(), "--device", args.device]
     flags += ["--updates", str(args.times + 5)]  # the first are slower
@@ -69,7 +69,7 @@ def bench_training(args, device, bf16):
 def bench_models(args, device, bf16):
     """Time each model writing one text at a time and --at_once; return the rows.
 
-    tokens_per_s counts tokens up to and including the end; latency: seconds until all are written.
+    tokens_per_s counts tokens up to and including the end; latency is in seconds per batch.
     """
     paths = {"teacher": args.teacher, "student": args.student, "autoregressive": args.causal}
     models = common.load_models(paths, device, bf16)
@@ -90,9 +90,9 @@ def bench_models(args, device, bf16):
 
 
 def usual_sample(denoiser, z, steps, mask_id):
-    """Fill the masks of z (B, L) by the usual sampler, all positions through the head each time.
+    """Fill the masks of z (B, L) by the usual sampler, which runs the head on all positions.
 
-    In each step one float64 categorical over V + 1 outcomes; at the end one more call for what is
+    Each step draws from one float64 categorical over V + 1 outcomes; one last call fills what is
     still masked.
     """
     for k in range(steps):
@@ -135,7 +135,7 @@ BENCHES = {"models": bench_models, "sampler": bench_sampler,
 
 
 def shown(value):
-    """Return a cell of the table: four digits of a float."""
+    """Return a table cell: a float has four significant digits."""
     if isinstance(value, float):
         return f"{value:.4g}"
     return value

@@ -20,7 +20,7 @@ KINDS = {"teacher": "teacher", "student": "student", "autoregressive": "causal"}
 # ----------------------------------------------------------------------------------------- models
 @dataclass
 class Model:
-    """A model to compare, frozen. Only a student of distill.py has a discriminator."""
+    """Hold a frozen model to compare. Only a student of distill.py has a discriminator."""
     net: Denoiser
     tokenizer: str
     flags: dict  # of its training
@@ -34,7 +34,7 @@ def load_model(path, kind, device, bf16):
     if "disc" in ckpt:
         model.disc = Discriminator(net).to(device)
         restore(ckpt, path, {"disc": model.disc})
-        model.disc.eval()  # spectral norm must not go on iterating
+        model.disc.eval()  # stops spectral norm's power iteration
     return model
 
 
@@ -58,8 +58,8 @@ def load_models(paths, device, bf16):
 
 # ---------------------------------------------------------------------------------- timed writing
 def penalised(net, strength):
-    """Return the denoiser with a frequency penalty: a token's logit is lower by `strength` for each
-    time that it is visible. It is a control: it needs no training."""
+    """Return the denoiser with a frequency penalty, a control that needs no training: a token's
+    logit is lowered by `strength` for each time that it is visible."""
     mask_id = net.config.mask_id
 
     def denoiser(z, where):
@@ -72,7 +72,7 @@ def penalised(net, strength):
 
 
 def fill(model, z, steps, temperature=1.0, penalty=0.0, guided=False, on_step=None):
-    """Fill the masks of z (B, L) in `steps` steps, or token after token if the model is causal.
+    """Fill the masks of z (B, L) in `steps` steps, or token by token if the model is causal.
 
     Returns x (B, L), nfe (B,) and disc_calls (B,), the calls of both networks.
     """
@@ -118,9 +118,9 @@ def write(model, num, steps, seed=0, batch=256, **how):
 
 # ---------------------------------------------------------------------------------------- results
 def read_results(path):
-    """Return the results in a file, {label: {seed: run}}; {} if it is not there yet.
+    """Return the results in a file, {label: {seed: run}}; {} if there is none yet.
 
-    Raises ValueError if it holds something else.
+    Raises ValueError if the file holds something else.
     """
     if not os.path.exists(path):
         return {}
@@ -131,14 +131,14 @@ def read_results(path):
             for run in runs.values():
                 run["flags"]
     except (ValueError, AttributeError, KeyError, TypeError):
-        raise ValueError(f"{path} is no results file of an experiment: name another") from None
+        raise ValueError(f"{path} is not an experiment's results file: name another") from None
     return results
 
 
 def add_run(path, label, seed, run):
-    """Add a run, a dict with "flags", to a results file; it replaces one of that label and seed.
+    """Add a run, a dict with "flags", to a results file; replace one with that label and seed.
 
-    The file is written under a temporary name, so that it is whole at any moment.
+    The file is written under a temporary name, then renamed, so that it is whole at any moment.
     """
     results = read_results(path)
     results.setdefault(label, {})[str(seed)] = run
@@ -151,7 +151,7 @@ def add_run(path, label, seed, run):
 
 
 def spread(values, digits):
-    """Return "mean +- standard deviation" of the values that are numbers, or "" without one."""
+    """Return "mean +- standard deviation" of the finite values, or "" if there are none."""
     numbers = [v for v in values if v is not None and math.isfinite(v)]
     if not numbers:
         return ""
@@ -162,7 +162,7 @@ def spread(values, digits):
 
 
 def means(rows, columns):
-    """Return the cells of `columns`, {name: digits}, of rows that belong together: `spread`."""
+    """Return the `spread` of each of `columns`, {name: digits}, over rows that belong together."""
     cells = []
     for name, digits in columns.items():
         values = [row.get(name) for row in rows]
@@ -171,7 +171,7 @@ def means(rows, columns):
 
 
 def print_row(*cells):
-    """Print a line of a Markdown table, with nothing for None."""
+    """Print a line of a Markdown table, with an empty cell for None."""
     shown = ["" if cell is None else str(cell) for cell in cells]
     print("| " + " | ".join(shown) + " |", flush=True)
 
@@ -183,7 +183,7 @@ def print_head(*names):
 
 
 def hardware(device, bf16):
-    """Return what a result was measured on, a dict."""
+    """Return a dict that describes the hardware and how it is used."""
     name = device.type
     if name == "cuda":
         name = torch.cuda.get_device_name(device)

@@ -1,13 +1,13 @@
-"""evaluate.py - quality against the number of steps, in one table; means over seeds, and a plot.
+"""evaluate.py - tabulate quality against the number of steps; means over seeds, and a plot.
 
     python -m experiments.evaluate                               # teacher, student, causal in out/
     python -m experiments.evaluate --sweep --json out/eval.json  # at seven temperatures: long
     python -m experiments.evaluate --table out/eval.json --plot out/frontier.png
 
-Real texts come first: held-out ones, and as many of the training split, which is what a perfect
+Real texts come first: held-out ones, then the same number of training ones, which is what a perfect
 model would get. Measures are those of data/quality.py, and judge_ppl, the perplexity per token
-under the causal model or a GPT-2. A model need only become less diverse to look better, so quality
-is compared at equal entropy, too: each model at the temperature that gives its texts that of
+under the causal model or a GPT-2. A model can look better merely by being less diverse, so quality
+is also compared at equal entropy: each model at the temperature that gives its texts the entropy of
 held-out data.
 """
 import functools
@@ -25,9 +25,9 @@ from model import NATURAL, add_device_flags, make_parser, run, setup
 from train_teacher import causal_nll
 
 STEPS = {"teacher": (4, 8, 16, 32, 64, 256, 1024), "student": (4, 8, 16, 32)}
-TEMPERATURES = (1.2, 1.1, 1.0, 0.9, 0.8, 0.7, 0.6)  # with --sweep, and of the teacher in 8 steps
+TEMPERATURES = (1.2, 1.1, 1.0, 0.9, 0.8, 0.7, 0.6)  # with --sweep, and for the teacher in 8 steps
 PENALISED = ((0.1, 0.8), (0.3, 0.6))  # frequency penalty and temperature, in 8 steps
-BEGINS = 0.6  # the temperature of the teacher as which distill.py's student begins
+BEGINS = 0.6  # the temperature of the teacher that distill.py's student starts as
 DIGITS = {
     "nfe": 1, "disc_calls": 1, "valid": 3, "post": 3,
     "judge_ppl": 2, "tv": 3, "js3": 3, "ks": 3,
@@ -35,7 +35,7 @@ DIGITS = {
     "distinct": 3, "novel": 3, "rare": 3,
     "returns": 3, "hints": 3, "methods": 3,
     "js1": 4, "js2": 4, "low": 3, "bigram": 3, "rep4": 3}
-GOALS = {"post": 1, "judge_ppl": -1, "tv": -1, "js3": -1}  # what steps are compared by; 1: more
+GOALS = {"post": 1, "judge_ppl": -1, "tv": -1, "js3": -1}  # to compare steps; 1: more is better
 LINES = (  # of the plot: label, model, steps, style
     ("default", "teacher", 8, "C0.:"),
     ("default", "teacher", 32, "C0.--"),
@@ -52,22 +52,22 @@ def parse_flags(argv=None):
     add = p.add_argument_group("models").add_argument
     add("--teacher", default="out/teacher.pt", help="checkpoint of train_teacher.py")
     add("--student", default="out/student.pt", help="checkpoint of distill.py or experiments.sdtt")
-    add("--causal", default="out/causal.pt", help="of train_teacher.py --causal, if it is there")
+    add("--causal", default="out/causal.pt", help="of train_teacher.py --causal, if it exists")
     add("--judge", help="a GPT-2 of the package transformers instead of --causal: name or folder")
-    add("--data", help="corpus folder; None: the one that the model was trained on")
+    add("--data", help="corpus folder; None: the model's own")
 
     add = p.add_argument_group("rows").add_argument
-    add("--rows", choices=("all", "teacher", "student"), default="all", help="whose rows")
-    add("--steps", type=NATURAL, nargs="+", help="of teacher and student; None: 4 to 1,024")
-    add("--sweep", action="store_true", help="steps up to 256 at seven temperatures")
-    add("--samples", type=NATURAL, default=1000, help="texts in a row; of fewer, mostly noise")
-    add("--batch", type=NATURAL, default=256, help="texts at once")
+    add("--rows", choices=("all", "teacher", "student"), default="all", help="models to measure")
+    add("--steps", type=NATURAL, nargs="+", help="sampling steps; None: 4 to 1,024")
+    add("--sweep", action="store_true", help="all steps up to 256 at seven temperatures")
+    add("--samples", type=NATURAL, default=1000, help="texts per row; fewer are mostly noise")
+    add("--batch", type=NATURAL, default=256, help="texts per batch")
     add("--json", help="add the rows to this file, under --label and the training's seed")
-    add("--label", default="default", help="what to call the run in --json")
+    add("--label", default="default", help="name of the run in --json")
 
     add = p.add_argument_group("results").add_argument
     add("--table", help="measure nothing: print the tables of this file, made with --json")
-    add("--plot", help="with --table: draw quality against entropy, of runs with --sweep, as PNG")
+    add("--plot", help="with --table: draw quality against entropy, for runs with --sweep, as PNG")
     add_device_flags(p)
     return p.parse_args(argv)
 
@@ -76,7 +76,7 @@ def parse_flags(argv=None):
 @torch.no_grad()
 def perplexity(net, x, counted, first, batch):
     """Return the perplexity per token of x (N, L), where `counted` (N, L), under a causal network
-    z -> logits that reads `first` before each text."""
+    z -> logits that reads the token `first` before each text."""
     nats = 0.0
     for part, counts in zip(x.split(batch), counted.split(batch)):
         nll = causal_nll(net, part, first)  # (b, L)
@@ -96,8 +96,8 @@ def causal_judge(x, model, batch):
 def gpt2_tokens(x, data):
     """Return texts x (N, L) in GPT-2's tokens (N, L'), and which of them count (N, L') bool.
 
-    Passages in its own tokens stay as they are. Of framed ones no end counts, as in MDLM's metric,
-    and the first stands before them anyway. Other texts are decoded, and end where they end.
+    Passages in GPT-2's tokens stay as they are; in framed ones no end counts, as in MDLM's metric,
+    and the first is dropped, as the judge reads one anyway. Other texts are decoded and encoded.
     """
     encoding = corpus.make_tokenizer("gpt2")
     eot = encoding.eot_token
@@ -118,10 +118,10 @@ def gpt2_tokens(x, data):
 
 
 def make_judge(args, models, data, device):
-    """Return judge(x (N, L)) -> perplexity, or None if there is none."""
+    """Return judge(x (N, L)) -> perplexity, or None without a judge."""
     if args.judge is None:
         if "autoregressive" not in models:
-            print(f"no judge: {args.causal} is not there, make it with train_teacher.py --causal")
+            print(f"no judge: {args.causal} is missing; make it with train_teacher.py --causal")
             return None
         return functools.partial(causal_judge, model=models["autoregressive"], batch=args.batch)
 
@@ -138,7 +138,7 @@ def make_judge(args, models, data, device):
 
 # ---------------------------------------------------------------------------------------- the rows
 def load(args, device, bf16):
-    """Return the models to compare and judge by, {name: Model}, and the Corpus they are for."""
+    """Return the models to compare and judge by, {name: Model}, and their Corpus."""
     paths = {"teacher": args.teacher, "student": args.student}
     if args.rows != "all":
         paths = {args.rows: paths[args.rows]}
@@ -158,7 +158,7 @@ def load(args, device, bf16):
 
 
 def steps_of(name, args, L):
-    """Return the numbers of steps in which a model writes."""
+    """Return the numbers of steps to sample a model in, a list."""
     if name == "autoregressive":
         return [None]
     if args.steps is not None:
@@ -167,7 +167,7 @@ def steps_of(name, args, L):
 
 
 def plan(args, models):
-    """Return what to write, triples (name of the row, Model, arguments of common.write)."""
+    """Return what to write, triples (row name, Model, arguments of common.write)."""
     rows = []
     for name, model in models.items():
         if args.rows not in ("all", name):
@@ -190,7 +190,7 @@ def plan(args, models):
 
 
 def measure(about, x, data, judge):
-    """Return a row of the table: the dict `about` texts x (N, L), and all that is measured."""
+    """Return a table row: `about`, a dict that describes texts x (N, L), and all their measures."""
     row = about | quality.quality(x, data)
     row["samples"] = len(x)
     if "valid" in row:
@@ -230,18 +230,18 @@ def measure_all(args, models, data, judge):
 
 # -------------------------------------------------------------------- comparing the rows of a run
 def key(row):
-    """Return what a row is: (model, steps, temperature), with None where it has none."""
+    """Return what identifies a row: (name, steps, temperature), None where it has none."""
     return row["row"], row.get("steps"), row.get("T")
 
 
 def measured(rows, names=DIGITS):
-    """Return {name: digits} of those names that were measured in any of the rows."""
+    """Return {name: digits} for the names that were measured in any of the rows."""
     found = set().union(*rows)
     return {name: DIGITS[name] for name in names if name in found}
 
 
 def at_one(rows, name, steps, column, T=1):
-    """Return `column` of a model in `steps` steps at temperature T; NaN if it is not there."""
+    """Return `column` of a model in `steps` steps at temperature T; NaN if not measured."""
     for row in rows:
         if key(row) == (name, steps, T):
             return row.get(column, math.nan)
@@ -249,7 +249,7 @@ def at_one(rows, name, steps, column, T=1):
 
 
 def by_entropy(rows, name, steps, column):
-    """Return pairs (entropy, `column`) of a model in `steps` steps, one for each temperature."""
+    """Return sorted pairs (entropy, `column`), one per temperature, of a model in `steps` steps."""
     pairs = [(row["entropy"], row[column]) for row in rows
              if key(row)[:2] == (name, steps) and column in row]
     return sorted(pairs)
@@ -257,7 +257,7 @@ def by_entropy(rows, name, steps, column):
 
 def at_data(rows, name, steps, column):
     """Return `column` of a model in `steps` steps at the entropy of held-out data: linear between
-    the temperatures measured, NaN outside them."""
+    the measured temperatures, NaN outside them."""
     pairs = by_entropy(rows, name, steps, column)
     if not pairs:
         return math.nan
@@ -266,7 +266,7 @@ def at_data(rows, name, steps, column):
 
 
 def untrained(rows, name, steps, column):
-    """Return `at_one`, but with the teacher at BEGINS in the student's place: a control."""
+    """Return `at_one`, but for the teacher at BEGINS instead of the student: a control."""
     if name == "student":
         return at_one(rows, "teacher", steps, column, BEGINS)
     return at_one(rows, name, steps, column)
@@ -276,7 +276,7 @@ def steps_to_match(rows, column, student_steps, value=at_one):
     """Return how many steps the teacher needs for the student's `column` in `student_steps`.
 
     value(rows, name, steps, column) is `at_one`, `at_data` or `untrained`. Linear in log steps. The
-    fewest steps measured mean at most those; inf: more than the most; NaN: unknown.
+    fewest steps measured mean those or fewer; inf: more than the most; NaN: unknown.
     """
     sign = GOALS[column]  # so that more is better
     goal = sign * value(rows, "student", student_steps, column)
@@ -297,7 +297,7 @@ def steps_to_match(rows, column, student_steps, value=at_one):
 
 # --------------------------------------------------------------------------------------- the tables
 def all_rows(results):
-    """Return the rows of all runs of {label: {seed: run}}, a list."""
+    """Return the rows of all runs in {label: {seed: run}}, a list."""
     rows = []
     for runs in results.values():
         for run in runs.values():
@@ -306,7 +306,7 @@ def all_rows(results):
 
 
 def print_means(results):
-    """Print the mean +- standard deviation over seeds of each row; of a sweep only those at T 1."""
+    """Print mean +- standard deviation over seeds of each row; of a sweep, T 1 and the controls."""
     columns = measured(all_rows(results))
     print_head("run", "seeds", "row", "steps", "T", *columns)
     for label, runs in results.items():
@@ -322,10 +322,10 @@ def print_means(results):
 
 
 def print_worth(results):
-    """Print how many of the teacher's steps the student's are worth, by each measure."""
-    print("\nWhat the student's steps are worth in teacher's steps, both at temperature 1 (by "
-          "seed; inf: more than were measured),\nor both at the entropy of held-out data; "
-          f"untrained: what the teacher's own at temperature {BEGINS} are worth:\n")
+    """Print how many teacher steps match the student's, by each measure."""
+    print("\nTeacher steps that match the student's, both at temperature 1 (by seed; inf: more "
+          "than were measured),\nor both at the entropy of held-out data; untrained: "
+          f"that match the teacher's own at temperature {BEGINS}:\n")
     pairs = [(name, steps) for steps in (4, 8, 16) for name in GOALS]
     print_head("run", *[f"{name} @{steps}" for name, steps in pairs])
 
@@ -360,7 +360,7 @@ def print_equal_entropy(results):
 
 # ----------------------------------------------------------------------------------------- the plot
 def plot(results, path):
-    """Draw quality against entropy: a line is one model in some steps at several temperatures."""
+    """Draw quality against entropy, each of LINES through its temperatures, to a file."""
     from matplotlib.figure import Figure  # optional: pip install matplotlib
 
     columns = measured(all_rows(results), GOALS)
@@ -379,7 +379,7 @@ def plot(results, path):
 
 
 def print_tables(path, plot_path):
-    """Print all tables of a results file, and draw the plot, if it has a path."""
+    """Print all tables of a results file; draw the plot if plot_path is given."""
     results = common.read_results(path)
     if not all_rows(results):
         raise ValueError(f"{path} has no rows of an evaluation: make it with --json")
@@ -397,7 +397,7 @@ def main(argv=None):
         return 0
 
     if args.json is not None:
-        common.read_results(args.json)  # says now, not after minutes, if it is something else
+        common.read_results(args.json)  # fails now, not after minutes, if it is another file
     device, bf16 = setup(args)
     models, data = load(args, device, bf16)
     judge = make_judge(args, models, data, device)

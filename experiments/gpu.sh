@@ -1,27 +1,28 @@
 #!/usr/bin/env bash
-# gpu.sh - what is measured on one GPU, in the order of its worth.
+# gpu.sh - measure on one GPU, the most important first.
 #
-#     bash experiments/gpu.sh wiki.txt.xz                # all, of which 22 minutes train the text
+#     bash experiments/gpu.sh wiki.txt.xz                # all; the text trains for 22 minutes
 #     bash experiments/gpu.sh wiki.txt.xz tests speed    # some of: tests default judge speed text
-#     MINUTES="4 2 4" bash experiments/gpu.sh wiki.txt.xz text    # for 9 of the teacher, 5, and 8
-#     SEEDS=0 bash experiments/gpu.sh wiki.txt.xz default judge    # for 0 and 1
+#     MINUTES="4 2 4" bash experiments/gpu.sh wiki.txt.xz text    # instead of 9 5 8
+#     SEEDS=0 bash experiments/gpu.sh wiki.txt.xz default judge    # instead of 0 1
 #     DISTIL="--kl .1" bash experiments/gpu.sh wiki.txt.xz text    # flags of the student
 #     TOY=1 bash experiments/gpu.sh any.txt              # the same commands, minutes on a CPU
 #
-# Results go to out/results: gpu_bench.json, gpu_nano.json, gpu_text.json, gpu_*.txt. After an
-# interruption name the stages that are left. TOY has folders of its own, out/toy_*, so that nothing
-# of it is taken for the real thing; without it this script stops at once where there is no GPU.
+# MINUTES: teacher, judge, student. Results go to out/results: gpu_bench.json, gpu_nano.json,
+# gpu_text.json, gpu_*.txt. After an interruption name the remaining stages. TOY uses its own
+# folders, out/toy_*, so that its results are not mistaken for real ones; without TOY and without
+# a GPU this script stops at once.
 set -eo pipefail
 cd "$(dirname "$0")/.."
 if [ ! -f "$1" ]; then
-    echo "error: name a text to train on, as in the examples on top of $0" >&2
+    echo "error: name a text to train on, as in the examples at the top of $0" >&2
     exit 2
 fi
 file=$1
 shift
 
 results=out/results out=out/gpu
-# How large: the paper's network, its batch in parts, the smaller one for 9 minutes, the default.
+# Sizes: the paper's network, the parts of its batch, the smaller network for text, the default.
 small="--size small" parts=16 mini="--size mini" default="" distil=$DISTIL measured=1000
 tokenizer=gpt2 samples=256 device="--device cuda" seeds=${SEEDS:-0 1} times=""
 read -r for_teacher for_judge for_student <<< "${MINUTES:-9 5 8}"
@@ -42,14 +43,14 @@ prepare() {
     fi
 }
 
-# Those for a GPU; the others are the README's second command. If one fails the rest is measured all
-# the same, and this script fails at its end.
+# Run the tests for a GPU; the README's second command runs the others. If one fails, the rest is
+# still measured, and this script fails at its end.
 tests() {
     python -m pytest -q -rs experiments/test_gpu.py | tee $results/gpu_tests.txt ||
         failed=1
 }
 
-# The README's default: the minutes that it takes, and of a step.
+# Time the README's default, and a step of it.
 default() {
     for s in $seeds; do
         time python train_teacher.py $device $default --seed $s --out $out/$s/teacher.pt
@@ -61,7 +62,7 @@ default() {
     $bench distillation --label nano_update --teacher $out/${seeds%% *}/teacher.pt
 }
 
-# Its measures: those of CPUs within the spread of seeds?
+# Measure it: does it match CPUs within the spread of seeds?
 judge() {
     python train_teacher.py $device $default --causal --out $out/causal.pt
     for s in $seeds; do
@@ -72,8 +73,8 @@ judge() {
     python -m experiments.evaluate --table $results/gpu_nano.json | tee $results/gpu_nano.txt
 }
 
-# A training step and an update of the paper's network: time and tokens/s. The update needs a
-# teacher; how good it is doesn't matter.
+# Time a training step and an update of the paper's network. The update needs a teacher; its quality
+# doesn't matter.
 speed() {
     prepare
     bench="python -m experiments.bench $device --times 8 --json $results/gpu_bench.json"
@@ -83,12 +84,12 @@ speed() {
     $bench distillation --label paper_scale --teacher $out/small.pt \
         --flags="--paper --reference data --groups 4 --disc_blocks 4"
     $bench distillation --label default --teacher $out/small.pt --flags="--groups 2"
-    if [ -z "$TOY" ]; then  # it has one size
+    if [ -z "$TOY" ]; then  # it has only one size
         $bench sampler --label sampler
     fi
 }
 
-# English with GPT-2's tokens: student against teacher, the judge at the data's entropy, passages.
+# Compare student and teacher on English in GPT-2's tokens: measures, also at equal entropy; texts.
 text() {
     prepare
     models="--teacher $out/text.pt --student $out/text_student.pt --causal $out/text_causal.pt"
@@ -113,7 +114,7 @@ fi
 for stage in "$@"; do
     case $stage in
         prepare | tests | default | judge | speed | text) time $stage ;;
-        *) echo "error: $stage is none of prepare tests default judge speed text" >&2; exit 2 ;;
+        *) echo "error: no stage $stage: use prepare tests default judge speed text" >&2; exit 2 ;;
     esac
 done
 exit ${failed:-0}

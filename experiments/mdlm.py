@@ -1,4 +1,4 @@
-"""mdlm.py - the published MDLM teacher (arXiv 2406.07524) in our network, and ours in its layout.
+"""mdlm.py - convert the published MDLM teacher (arXiv 2406.07524) to our network, and back.
 
     python -m experiments.mdlm model.safetensors          # -> out/teacher.pt, then distill.py
     python -m experiments.mdlm out/student.pt --unfold out/mdlm/model.safetensors
@@ -6,8 +6,8 @@
 MDLM's 169 M parameters, 679 MB, were trained on OpenWebText and are published under Apache 2.0:
 https://huggingface.co/kuleshov-group/mdlm-owt/resolve/main/model.safetensors
 
-MDLM tells every layer the noise level (adaLN), but it is always called with 0. What the layers make
-of it is therefore constant: `fold` multiplies it into the weights, exactly.
+MDLM gives every layer the noise level (adaLN), but always as 0. What the layers compute from it is
+therefore constant: `fold` multiplies it into the weights, exactly.
 """
 import json
 import pathlib
@@ -24,7 +24,7 @@ except ImportError:  # optional: main says so
 
 # sha256 47149e73f7552f39ea9776dbe74d925d25237bcf2ed2e2ec03cdff9d51c82aa4
 ADDRESS = "https://huggingface.co/kuleshov-group/mdlm-owt/resolve/main/model.safetensors"
-CONFIG = {  # of the published config.json what the authors' code needs
+CONFIG = {  # what the authors' code needs of the published config.json
     "auto_map": {
         "AutoConfig": "configuration_mdlm.MDLMConfig",
         "AutoModelForMaskedLM": "modeling_mdlm.MDLM",
@@ -38,8 +38,8 @@ CONFIG = {  # of the published config.json what the authors' code needs
     "n_heads": 12,
     "vocab_size": 50258,
 }
-COND = 128  # numbers that adaLN reads
-WAVES = 256  # cosines and sines of the noise level, from which they are made
+COND = 128  # width of adaLN's input
+WAVES = 256  # cosines and sines that encode the noise level
 TOKENIZERS = {50257: "gpt2", 257: "bytes"}  # by their number of tokens
 
 # Raw logits of the published weights at the mask, 50257, in float32: candle-mi's reference values
@@ -50,12 +50,12 @@ LOGITS = torch.tensor([19.8361, 18.5939, 17.0668])
 
 # -------------------------------------------------------------------------------- fold and unfold
 def fold(theirs, n_layer):
-    """Return our Denoiser's tensors for `theirs`, MDLM's {name: float64}: the same function.
+    """Return our Denoiser's tensors: the same function as `theirs`, MDLM's {name: float64}.
 
     MDLM computes norm(x) * (1 + scale) + shift and x + gate * f(x). Its adaLN layers make scale,
     shift and gate from c, an embedding of the noise level, which is 0.
     """
-    # The noise level is given as cosines, which are 1 at the level 0, and sines, which are 0
+    # The noise level is encoded as cosines, which are 1 at level 0, and sines, which are 0
     columns = theirs["sigma_map.mlp.0.weight"][:, :WAVES // 2]
     c = F.silu(columns.sum(1) + theirs["sigma_map.mlp.0.bias"])
     c = F.silu(theirs["sigma_map.mlp.2.weight"] @ c + theirs["sigma_map.mlp.2.bias"])  # (COND,)
@@ -93,7 +93,7 @@ def fold(theirs, n_layer):
 def unfold(net):
     """Return MDLM's tensors, {name: float32}, that compute what our Denoiser `net` computes.
 
-    Its adaLN is constant: scale 0, gate 1, and as shift our norm's bias. The mask's logit is 0.
+    Its adaLN is constant: scale 0, gate 1, and shift our norm's bias. The mask's logit is 0.
     """
     ours = net.state_dict()
     D = net.config.n_embd
@@ -134,7 +134,7 @@ def unfold(net):
 
 # ------------------------------------------------------------------------------------------ files
 def read_config(path):
-    """Return the Config of MDLM's network in `path`, by the config.json beside it if there is one.
+    """Return the Config of MDLM's network in `path`, from the config.json next to it, if any.
 
     Raises ValueError if the network depends on the noise level.
     """
@@ -156,8 +156,8 @@ def read_config(path):
 
 
 def check_tensors(path, theirs, expected):
-    """Raise ValueError, naming a tensor, unless `theirs` are tensors like those `expected`."""
-    wrong = f"{path} does not fit the config.json beside it, or else MDLM's"
+    """Raise ValueError, naming a tensor, unless `theirs` have the names and shapes `expected`."""
+    wrong = f"{path} does not fit the config.json next to it, or else MDLM's"
     strange = theirs.keys() ^ expected.keys()
     if strange:
         raise ValueError(f"{wrong}: {min(strange)!r} is unknown or missing")
@@ -172,11 +172,14 @@ def check_tensors(path, theirs, expected):
 
 
 def read(path):
-    """Return the MDLM network in a safetensors file as our Denoiser, frozen. Raises ValueError."""
+    """Return the MDLM network in a safetensors file as our Denoiser, frozen.
+
+    Raises ValueError if it cannot be read or does not fit.
+    """
     try:
         tensors = safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): MDLM's is {ADDRESS}") from None
+        raise ValueError(f"{path} cannot be read ({error}): download {ADDRESS}") from None
     theirs = {name.removeprefix("backbone."): tensor.double() for name, tensor in tensors.items()}
 
     net = model.Denoiser(read_config(path))
@@ -188,12 +191,12 @@ def read(path):
 
 # --------------------------------------------------------------------------------------- commands
 def import_teacher(args):
-    """Write the network of an MDLM file as a teacher's checkpoint, and print what it is."""
+    """Write an MDLM network as a teacher's checkpoint; print whether it is the published one."""
     model.check_output(args.out, "teacher", args.data)
     net = read(args.file)
     tokenizer = TOKENIZERS.get(net.config.vocab_size)
     if tokenizer is None:
-        raise ValueError(f"{args.file} has a vocabulary of none of our tokenizers, {TOKENIZERS}")
+        raise ValueError(f"{args.file} has the vocabulary of none of our tokenizers, {TOKENIZERS}")
     if tokenizer == "gpt2":
         logits = net(PROMPT, PROMPT == net.config.mask_id)[0]  # (V,)
         difference = (logits[TOKENS] - LOGITS).abs().max()
@@ -217,16 +220,16 @@ def import_teacher(args):
 
 
 def export(args):
-    """Write the average of a checkpoint as MDLM's model.safetensors, and config.json beside it."""
+    """Write a checkpoint's average as MDLM's model.safetensors, with its config.json next to it."""
     _, net = model.load(args.file, "student", "teacher")
     config = net.config
     if config.pads:
-        raise ValueError(f"{args.file} writes texts of many lengths, which MDLM cannot")
+        raise ValueError(f"{args.file} writes texts of many lengths, which MDLM cannot do")
 
     path = pathlib.Path(args.unfold)
     beside = path.with_name("config.json")
     if path.exists() or beside.exists():
-        raise ValueError(f"{path} or {beside} is there already: name a file in another folder")
+        raise ValueError(f"{path} or {beside} already exists: name a file in another folder")
     path.parent.mkdir(parents=True, exist_ok=True)
 
     described = CONFIG | {
@@ -240,7 +243,7 @@ def export(args):
     tensors = {f"backbone.{name}": tensor for name, tensor in unfold(net).items()}
     safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
     print(f"wrote {path} and {beside}: transformers also needs MDLM's "
-          "configuration_mdlm.py and modeling_mdlm.py beside them")
+          "configuration_mdlm.py and modeling_mdlm.py next to them")
 
 
 def main(argv=None):
@@ -248,11 +251,11 @@ def main(argv=None):
     parser.add_argument("file", help="model.safetensors of MDLM; with --unfold our checkpoint")
     parser.add_argument("--data", default="out/openwebtext", help="its corpus, made with --framed")
     parser.add_argument("--out", default="out/teacher.pt", help="checkpoint to write")
-    parser.add_argument("--unfold", metavar="FILE", help="write our checkpoint there as MDLM's")
+    parser.add_argument("--unfold", metavar="FILE", help="write our checkpoint to FILE as MDLM's")
     args = parser.parse_args(argv)
 
     if safetensors is None:
-        raise ValueError("needs the package safetensors, which is optional: "
+        raise ValueError("this needs the optional package safetensors: "
                          "pip install safetensors")
 
     if args.unfold is None:

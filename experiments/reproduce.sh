@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# reproduce.sh - make every file of experiments/results/, and the pictures in assets/, again.
+# reproduce.sh - remake every file in experiments/results/ and the pictures in assets/.
 #
 #     bash experiments/reproduce.sh signatures                       # 7 hours on two cores
 #     bash experiments/reproduce.sh text wikinews.train.txt.xz       # 80 minutes
 #     bash experiments/reproduce.sh proteins cath_S40.fa.xz          # half an hour
 #     bash experiments/reproduce.sh first_run                        # 8 minutes
 #
-# Everything is written to out/results first, so that what is in git stays whole until it is done:
+# Everything is written to out/results first, so that the files in git stay whole until it is done:
 # then copy the files to experiments/results/, frontier.png and writing.gif to assets/. Pictures
-# need `pip install matplotlib`. After Ctrl-C the ablation goes on where it was; the rest is made
-# again. Where something else keeps a core busy set OMP_NUM_THREADS=1.
+# need `pip install matplotlib`. After Ctrl-C the ablation resumes; the rest starts again. If
+# something else keeps a core busy, set OMP_NUM_THREADS=1.
 set -e
 cd "$(dirname "$0")/.."
 results=out/results
@@ -18,12 +18,12 @@ mkdir -p $results
 # Stop unless $1 is a file.
 need() {
     if [ ! -f "$1" ]; then
-        echo "error: name the file to read, as in the examples on top of $0" >&2
+        echo "error: name the file to read, as in the examples at the top of $0" >&2
         exit 2
     fi
 }
 
-# The minutes that each training took, means of the last 280 rows of its log, and its last table.
+# Print the minutes of each training, the means of its log's last 280 rows, and its last table.
 log_means() {
     python - "$@" <<'EOF'
 import json
@@ -40,8 +40,8 @@ for path in sys.argv[1:]:
 EOF
 }
 
-# Five seeds of teacher and student, two of them with other arithmetic: seed 3 in float32, seed 4
-# with two threads. One causal model judges all. $1: one seed, or all; 0 comes first. 90 minutes.
+# Run five seeds of teacher and student, two with other arithmetic: seed 3 in float32, seed 4 with
+# two threads. One causal model judges all. $1: one seed, or all; run 0 first. 90 minutes.
 few_steps() {
     for s in ${1:-0 1 2 3 4}; do
         export OMP_NUM_THREADS=1
@@ -58,7 +58,7 @@ few_steps() {
     done
 }
 
-# Other students of the same teachers. $1: one seed, or all.
+# Train other students of the same teachers. $1: one seed, or three.
 others() {
     export OMP_NUM_THREADS=1
     for s in ${1:-0 1 2}; do
@@ -72,7 +72,7 @@ others() {
     done
 }
 
-# Quality against entropy, of seed 0: all numbers of steps at seven temperatures. 45 minutes.
+# Measure quality against entropy, seed 0: all steps up to 256 at seven temperatures. 45 minutes.
 sweep() {
     python -m experiments.evaluate --sweep --teacher out/0/teacher.pt --causal out/0/causal.pt \
         --student out/0/default.pt --json $results/sweep.json --label default
@@ -80,13 +80,13 @@ sweep() {
         --causal out/0/causal.pt --student out/0/sdtt.pt --json $results/sweep.json --label sdtt
 }
 
-# What each component does, 29 rows of 27 runs. $1: one seed, or three. 90 minutes each.
+# Measure each component, 29 rows from 27 runs. $1: one seed, or three. 90 minutes each.
 ablation() {
     OMP_NUM_THREADS=1 python -m experiments.ablate $results/ablation.json --seeds ${1:-0 1 2} \
         --causal out/0/causal.pt
 }
 
-# Speed, on an otherwise idle machine: a quarter of an hour.
+# Measure speed on an otherwise idle machine: a quarter of an hour.
 speed() {
     models="--teacher out/0/teacher.pt --student out/0/default.pt --causal out/0/causal.pt"
     python -m experiments.bench models $models --json $results/bench.json
@@ -118,7 +118,7 @@ signatures() {
         --teacher out/0/teacher.pt --causal out/0/causal.pt
 }
 
-# 36 MB of English Wikinews as bytes; $1 is the file. One thread for each process.
+# Run 36 MB of English Wikinews as bytes; $1 is the file. One thread per process.
 text() {
     need "$1"
     export OMP_NUM_THREADS=1
@@ -137,7 +137,7 @@ text() {
     log_means out/text/{teacher,causal,student}.jsonl > $results/logs_text.txt
 }
 
-# CATH v4.1 S40 domains; $1 is the FASTA file. One thread.
+# Run the CATH v4.1 S40 domains; $1 is the FASTA file. One thread.
 proteins() {
     need "$1"
     export OMP_NUM_THREADS=1
@@ -158,10 +158,10 @@ proteins() {
     log_means out/protein/{teacher,causal,student,from_1}.jsonl > $results/logs_protein.txt
 }
 
-# The front page's one command in a fresh folder, with the installation.
+# Time the front page's one command in a fresh folder, including the installation.
 first_run() {
     if ! mkdir out/first; then
-        echo "error: delete out/first" >&2
+        echo "error: out/first already exists: delete it" >&2
         exit 2
     fi
     cp -r ./*.py data requirements.txt out/first

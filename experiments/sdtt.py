@@ -1,12 +1,12 @@
-"""sdtt.py - self-distillation through time (SDTT, arXiv 2410.21035): another way to few steps.
+"""sdtt.py - self-distillation through time (SDTT, arXiv 2410.21035): another method for few steps.
 
     python -m experiments.sdtt                     # out/teacher.pt -> out/sdtt.pt, some 5 minutes
     python sample.py --model out/sdtt.pt --steps 8
 
-A yardstick for DiDi-Instruct: no discriminator, no policy gradient. In each of a few rounds the
+A baseline for DiDi-Instruct: no discriminator, no policy gradient. In each of a few rounds the
 student learns to predict in one step what its teacher predicts in two; then it becomes the teacher
-of the next round, in which the steps are twice as long. The default takes about as long as that of
-distill.py. Left out on purpose: --resume.
+of the next round, whose steps are twice as long. The default takes about as long as distill.py's.
+Left out on purpose: --resume.
 """
 import copy
 import time
@@ -25,10 +25,10 @@ def parse_flags(argv=None):
     add = p.add_argument_group("SDTT").add_argument
     add("--teacher", default="out/teacher.pt", help="checkpoint of train_teacher.py")
     add("--data", help="corpus folder; None: the teacher's")
-    add("--rounds", type=NATURAL, nargs="+", default=(32, 16, 8, 4), help="sampling steps of each")
-    add("--updates", type=NATURAL, default=240, help="of each round")
+    add("--rounds", type=NATURAL, nargs="+", default=(32, 16, 8, 4), help="sampling steps by round")
+    add("--updates", type=NATURAL, default=240, help="updates per round")
     add("--batch", type=NATURAL, default=128, help="B, sequences per update")
-    add("--lr", type=POSITIVE, default=1e-3, help="falls linearly to a tenth; supervised, so high")
+    add("--lr", type=POSITIVE, default=1e-3, help="falls to a tenth; high, since supervised")
     add("--ema", type=FRACTION, default=0.97, help="decay of the weight average that is sampled")
     add("--out", default="out/sdtt.pt", help="checkpoint, written at the end; its log is a .jsonl")
     add_device_flags(p)
@@ -39,10 +39,10 @@ def parse_flags(argv=None):
 def sdtt_target(teacher, z_t, t, dt, mask_id):
     """Return what two teacher steps t -> t - dt/2 -> t - dt predict, to be matched in one step.
 
-    z_t (B, L), t and dt <= t (B,). The result is log_p_x (n, V) at the n masks of z_t: that of the
-    first step where it reveals the token, else that of the second. The mean over paths is a
-    consistent teacher's one-step prediction, so only a KL that prefers modes, the reverse one,
-    gains anything.
+    z_t is (B, L), t and dt <= t (B,). The result is log_p_x (n, V) at the n masks of z_t: from the
+    first step where it reveals the token, else from the second. The mean over paths is a
+    consistent teacher's one-step prediction, so only a mode-seeking KL, the reverse one, gains
+    anything.
     """
     where = z_t == mask_id
     target = didi.predict(teacher, z_t, where)  # (n, V)
@@ -77,7 +77,7 @@ def main(argv=None):
     begin = time.perf_counter()
     bar = tqdm(desc=args.out, total=total)
     for step in range(total):
-        if step % args.updates == 0:  # a new round: the student so far teaches
+        if step % args.updates == 0:  # a new round: the student becomes the teacher
             steps = args.rounds[step // args.updates]
             teacher.load_state_dict(average.state_dict())
             student = copy.deepcopy(teacher).requires_grad_(True)

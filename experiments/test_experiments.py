@@ -60,7 +60,7 @@ def save(path, kind, length=L, packed=False):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A folder, entered, with a corpus of 80 lines and three models in out/."""
+    """Enter a folder with a corpus of 80 lines and three models in out/."""
     monkeypatch.chdir(tmp_path)
     corpus.write_rows("corpus", LINES, "signatures", "bytes", L, {})
     os.mkdir("out")
@@ -130,7 +130,7 @@ def test_packed_texts_do_not_end(causal):
 
 # -------------------------------------------------------------------------------------------- SDTT
 def test_sdtt_target_comes_from_the_step_that_reveals():
-    """Each possible pair of targets of two masks comes as often as its law says."""
+    """Each possible pair of targets of two masks occurs as often as its law says."""
     table = torch.randn(16, 2, V)
     t = torch.full((40000,), 0.8)
     dt = torch.full((40000,), 0.5)
@@ -150,7 +150,7 @@ def test_sdtt_target_comes_from_the_step_that_reveals():
 
 
 def test_sdtt_is_at_rest_at_the_geometric_mean_of_the_targets():
-    """The arithmetic one is an exact teacher's own prediction: there it is not."""
+    """The arithmetic mean is an exact teacher's own prediction: the loss is not at rest there."""
     teacher = exact_table(stutter(2), 2)
     log_p = teacher.log_softmax(-1)
     law = denoising(teacher, 1.0, 0.5)[-1]
@@ -160,7 +160,7 @@ def test_sdtt_is_at_rest_at_the_geometric_mean_of_the_targets():
     z = masks(50000, 2)
     one = torch.ones(50000)
 
-    def slope(logits):  # of the loss, by a student's logits (2, V)
+    def slope(logits):  # of the loss, in a student's logits (2, V)
         student = logits.repeat(16, 1, 1).requires_grad_()
         loss = sdtt.sdtt_loss(lookup(student), lookup(teacher), z, one, one, MASK)
         grad, = torch.autograd.grad(loss, student)
@@ -228,7 +228,7 @@ def test_a_run_is_added_beside_others(folder):
     common.add_run("new/r.json", "a", 0, zero)
     common.add_run("new/r.json", "a", 1, zero)
     common.add_run("new/r.json", "b", 0, zero)
-    common.add_run("new/r.json", "a", 1, one)  # in the place of the one before
+    common.add_run("new/r.json", "a", 1, one)  # replaces the one before
 
     expected = {"a": {"0": zero, "1": one}, "b": {"0": zero}}
     assert results("new/r.json") == expected
@@ -260,7 +260,7 @@ def write_results(*seeds):
 
 
 def table(capsys):
-    """Return the lines that --table prints of r.json, as lists of cells."""
+    """Return the lines that --table prints for r.json, as lists of cells."""
     evaluate.main(["--table", "r.json"])
     cells = []
     for line in capsys.readouterr().out.splitlines():
@@ -283,7 +283,7 @@ def test_outside_the_temperatures_measured_nothing_is_known(name, low):
 @pytest.mark.parametrize("post, worth", [
     (0.1, 4), (0.2, 4), (0.3, 4 * 2 ** 0.5), (0.65, 32), (0.91, math.inf), (math.nan, math.nan)])
 def test_what_steps_are_worth_by_hand(post, worth):
-    """Linear in the logarithm of the steps, from 4 with .2 over 8 with .4 to 128 with .9."""
+    """Linear in the logarithm of the steps: .2 in 4 steps, .4 in 8 and .9 in 128."""
     rows = [
         row("teacher", 4, 2.0, 0.2),
         row("teacher", 8, 2.0, 0.4),
@@ -296,7 +296,7 @@ def test_what_steps_are_worth_by_hand(post, worth):
 
 
 def test_rows_of_seeds_are_paired_by_what_they_are(folder, capsys):
-    """The second seed's rows stand in another order, with one more and one fewer."""
+    """The second seed's rows are in another order, with one more and one fewer."""
     first = [row("teacher", 8, 2.0, 0.1), row("student", 8, 2.0, 0.2)]
     second = [row("new", None, 2.0, 0.9), row("student", 8, 2.0, 0.4)]
     write_results(first, second)
@@ -382,13 +382,13 @@ def test_without_a_causal_model_there_is_no_judge(folder, capsys):
 
 
 MISTAKES = {
-    "--student none.pt": "none.pt is not there",
+    "--student none.pt": "none.pt does not exist",
     "--student out/teacher.pt": "out/teacher.pt holds a teacher",
     "--student out/long.pt": "out/long.pt, out/causal.pt differ",
     "--data none": "none",
     "--data longer": "does not fit out/",
-    "--json corpus/meta.json": "meta.json is no results file",
-    "--table corpus/train.bin": "train.bin is no results file",
+    "--json corpus/meta.json": "meta.json is not an experiment",
+    "--table corpus/train.bin": "train.bin is not an experiment",
     "--table none.json": "none.json has no rows"}
 
 
@@ -429,7 +429,7 @@ def test_the_causal_judge_by_hand(folder):
 
 @pytest.fixture
 def gpt2(monkeypatch):
-    """Bytes in the place of GPT-2's tokens, and a tiny network in the place of its own."""
+    """Replace GPT-2's tokens by bytes, and its network by a tiny one; return that."""
     net = network(257, 64, causal=True)
     transformers = mock.MagicMock()
     loaded = transformers.GPT2LMHeadModel.from_pretrained.return_value
@@ -484,7 +484,7 @@ ABLATE = ["a.json", *CPU, "--num", "4", "--teacher", "out/teacher.pt", f"--flags
 
 @pytest.fixture
 def ablation(folder, monkeypatch):
-    """A short plan whose runs are made in this process; returns the list of their commands."""
+    """Shorten the plan, make its runs in this process and return the list of their commands."""
     commands = []
 
     def run(command):
@@ -545,7 +545,7 @@ def test_speeds_are_measured(folder, monkeypatch, what, flags, rows):
 
 
 def test_a_step_takes_what_the_log_says(monkeypatch):
-    """Of 7 updates that end after 1, 2, 4, .. 64 seconds the last two took 48."""
+    """The last two of 7 updates, which end after 1, 2, 4, .. 64 seconds, took 48."""
     rows = [{"seconds": 2 ** k} for k in range(7)]
     ckpt = {"flags": {"batch": 3}, "config": {"length": L}, "log": rows}
     monkeypatch.setattr(train_teacher, "main", lambda argv: None)
@@ -590,7 +590,7 @@ class Parsed(Exception):
 
 
 def parse(script, argv, monkeypatch):
-    """Return the flags of a command, which is stopped when it has read them."""
+    """Return the flags of a command, and stop it once it has read them."""
     real = argparse.ArgumentParser.parse_args
 
     def parse_args(p, argv=None):
@@ -606,7 +606,7 @@ def parse(script, argv, monkeypatch):
     ("reproduce.sh signatures", ""), ("reproduce.sh text a.txt", ""),
     ("reproduce.sh proteins a.txt", ""), ("gpu.sh a.txt", ""), ("gpu.sh a.txt", "1")])
 def test_the_shell_scripts_give_flags_that_exist(tmp_path, monkeypatch, line, toy):
-    """They are run with a `python` that only notes what it is given."""
+    """They run with a `python` that only notes its arguments."""
     script, *words = line.split()
     folder = tmp_path / "experiments"
     folder.mkdir()

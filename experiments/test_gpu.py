@@ -29,7 +29,7 @@ def test_samples_have_the_law_of_the_enumerated_chain():
 
 
 def test_the_whole_way_runs_and_goes_on(folder):  # noqa: F811
-    """With a GPU's own defaults, so with bfloat16; checkpoints move between devices."""
+    """Run with a GPU's own defaults, so in bfloat16; checkpoints move between devices."""
     train_teacher.main([*GPU, *SMALL.split(), "--updates", "2", "--out", "out/a.pt"])
     distill.main([*GPU, *STUDENT.split(), "--teacher", "out/a.pt", "--out", "out/b.pt"])
     distill.main(["--resume", "--updates", "4", "--out", "out/b.pt"])

@@ -1,4 +1,4 @@
-"""test_house.py - how the code is to read: short lines, and imports that go one way."""
+"""test_house.py - house rules that can be tested: short lines, and imports that go one way."""
 import ast
 import os
 import pathlib
@@ -16,12 +16,12 @@ for source in SOURCES:
         parts = source.relative_to(HERE).with_suffix("").parts
         MODULES[".".join(parts)] = source
 
-ALLOWED = {  # by the start of a module's name: what of ours it may import
+ALLOWED = {  # by the start of a module's name: which of our modules it may import
     "didi": (),
     "model": (),
     "data.openwebtext": ("data.corpus", "data.text"),
     "data.quality": ("data.",),
-    "data.corpus": ("data.signatures",),  # the default makes itself
+    "data.corpus": ("data.signatures",),  # to make the default
     "data.": ("data.corpus",),
     "experiments.": ("",),
     "": ("didi", "model", "data.")}

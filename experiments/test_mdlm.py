@@ -1,4 +1,4 @@
-"""test_mdlm.py - MDLM's network by its own formulas against ours, and the commands there and back.
+"""test_mdlm.py - MDLM's network by its own formulas against ours, and the conversion both ways.
 
 The formulas are those of arXiv 2406.07524 and its code, with adaLN, in float64.
 """
@@ -60,13 +60,13 @@ def make_state(V=257):
 
 
 def frequencies():
-    """Return how far a pair of channels turns from position to position: (D / H / 2,), radians."""
+    """Return the angles (D / H / 2,), radians, by which pairs of channels turn per position."""
     pairs = D // H // 2
     return torch.tensor([10000 ** (-k / pairs) for k in range(pairs)], dtype=torch.float64)
 
 
 def rotate(x):
-    """Return x (B, H, L, D / H) with its channels, as complex numbers, turned by their position."""
+    """Return x (B, H, L, D / H) with its channels, as complex numbers, turned by position."""
     real, imaginary = x.chunk(2, -1)
     angles = torch.outer(torch.arange(x.shape[2]).double(), frequencies())
     turned = torch.complex(real, imaginary) * torch.polar(torch.ones_like(angles), angles)
@@ -74,14 +74,14 @@ def rotate(x):
 
 
 def attend(x, weight):
-    """Return all heads' attention (B, L, D) over x (B, L, D); `weight` has rows of q, k and v."""
+    """Return all heads' attention (B, L, D) over x (B, L, D); `weight` stacks q, k and v."""
     q, k, v = (x @ weight.T).unflatten(-1, (3, H, D // H)).permute(2, 0, 3, 1, 4)
     scores = rotate(q) @ rotate(k).mT / (D // H) ** 0.5
     return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
 
 
 def predict(state, z):
-    """Return MDLM's raw logits (B, L, V + 1) of z (B, L)."""
+    """Return MDLM's raw logits (B, L, V + 1) for z (B, L)."""
     def linear(x, layer):
         return F.linear(x, state[f"{layer}.weight"], state[f"{layer}.bias"])
 
@@ -112,14 +112,14 @@ def compare(net, state):
     z = torch.randint(257, (4, L)).masked_fill(torch.rand(4, L) < rates, 257)
 
     logits = predict(state, z)[z == 257]
-    logits[:, 257] -= 1e6  # SUBS: no text has a mask
+    logits[:, 257] -= 1e6  # SUBS: the mask is never predicted
     theirs = logits.log_softmax(-1)[:, :257]
     return (net(z, z == 257).log_softmax(-1) - theirs).abs().max()
 
 
 @pytest.fixture
 def double(monkeypatch):
-    """Let all networks compute in float64, attention on a CPU, too."""
+    """Make all networks compute in float64, including attention on a CPU."""
     monkeypatch.setattr(torch, "float32", torch.float64)
     torch.set_default_dtype(torch.float64)
     yield
@@ -220,7 +220,7 @@ def test_unfold_writes_over_nothing():
     write(make_state())
     mdlm.main(["model.safetensors"])
 
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(ValueError, match="already exists"):
         mdlm.main(["out/teacher.pt", "--unfold", "mine.safetensors"])
 
 

@@ -1,4 +1,4 @@
-"""test_scripts.py - the three scripts at toy size: the loop by hand, and what is promised of runs.
+"""test_scripts.py - the three scripts at toy size: the loop by hand, and what runs promise.
 
 What the formulas compute is tested in test_didi.py.
 """
@@ -42,7 +42,7 @@ BOTH = pytest.mark.parametrize(
 
 @pytest.fixture(scope="session")
 def toys(tmp_path_factory):
-    """A folder with out/signatures of 80 lines, out/teacher.pt and out/student.pt, made once."""
+    """Make a folder with out/signatures of 80 lines, out/teacher.pt and out/student.pt, once."""
     folder = tmp_path_factory.mktemp("toys")
     lines = [f"def f{i}(a, b={i}):" for i in range(80)]
     with pytest.MonkeyPatch.context() as patch:
@@ -57,7 +57,7 @@ def toys(tmp_path_factory):
 
 @pytest.fixture
 def tiny(toys, tmp_path, monkeypatch):
-    """A test's own copy of that folder, entered; the handlers of signals are put back."""
+    """Enter a test's own copy of that folder; restore the signal handlers at the end."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     handlers = [signal.getsignal(number) for number in numbers]
     shutil.copytree(toys, tmp_path, dirs_exist_ok=True)
@@ -73,7 +73,7 @@ def read(path):
 
 
 def steps_of(path):
-    """Return the steps of the rows in a log that are no tables."""
+    """Return the steps of the rows in a log, except tables."""
     rows = [json.loads(line) for line in open(path)]
     return [row["step"] for row in rows if "seconds" in row]
 
@@ -88,7 +88,7 @@ def differing(path, other):
 
 
 def start(script, *flags, **how):
-    """Start a script as a process of its own, with one thread."""
+    """Start a script as its own process, with one thread."""
     env = os.environ | {"OMP_NUM_THREADS": "1"} | how.pop("env", {})
     command = [sys.executable, os.path.join(HERE, script), *flags]
     return subprocess.Popen(
@@ -102,7 +102,7 @@ def start(script, *flags, **how):
 
 
 def refused(script, argv, capsys):
-    """Run a script that must exit with code 2; return the one line of its complaint."""
+    """Run a script that must exit with code 2; return its one line of complaint."""
     with pytest.raises(SystemExit) as end:
         model.run(lambda: script.main(argv))
     complaints = [
@@ -117,7 +117,7 @@ def refused(script, argv, capsys):
 
 # ---------------------------------------------------------------------------- the loop by hand
 def watch(monkeypatch, module, name):
-    """Return the list of (arguments, result) of the calls of a function from now on."""
+    """Return the list of (arguments, result) of all calls of a function from now on."""
     calls = []
     real = getattr(module, name)
 
@@ -131,8 +131,8 @@ def watch(monkeypatch, module, name):
 
 @pytest.fixture
 def update(tiny, monkeypatch):
-    """A function of flags that runs one update, without its steps, and returns all that it drew,
-    the networks, and their gradients."""
+    """Return a function of flags that runs one update, without its steps, and returns the flags,
+    all that it drew, the discriminators, and the networks with their gradients."""
 
     def run(flags):
         drawn = {
@@ -189,7 +189,7 @@ def part_of(drawn, i, K):
 
 
 def advantage_by_hand(args, r, level, pi):
-    """Return A * w (B,) from rewards r (B,) at these levels."""
+    """Return A * w (B,) for rewards r (B,) at these levels."""
     A = r
     if args.power:
         A = ((args.power * r).exp() - 1) / args.power
@@ -258,7 +258,7 @@ def assert_near(gradients, net):
     ],
 )
 def test_an_update_is_the_algorithm_by_hand(update, flags):
-    """The gradients of both networks, from the states that the update drew."""
+    """Compare the gradients of both networks, from the states that the update drew."""
     args, drawn, before, ((disc, disc_grads), (student, grads)) = update(
         flags
     )
@@ -393,7 +393,7 @@ def test_parts_of_a_batch_have_its_gradient(tiny, monkeypatch):
 
 # ------------------------------------------------------------ stopped, killed, resumed, diverged
 def at_update(script, monkeypatch, number, act):
-    """Call act(average, net) at the end of update `number` of the weights, counted from 1."""
+    """Call act(average, net) after the weights' update `number`, counted from 1."""
     real, count = didi.update_ema, itertools.count(1)
 
     def watched(average, net, decay):
@@ -447,8 +447,8 @@ def test_what_is_ignored_stays_ignored():
 
 
 def killed_after(seconds, script, *flags):
-    """Run a script in a process of its own and SIGKILL it as soon as it has saved a new step and
-    these seconds are over."""
+    """Run a script in its own process and SIGKILL it these seconds after it has saved a new
+    step."""
     before = os.path.exists("a.pt") and read("a.pt")["step"]
     child = os.fork()
     if child == 0:
@@ -463,7 +463,7 @@ def killed_after(seconds, script, *flags):
 
 @BOTH
 def test_kills_leave_a_whole_checkpoint(tiny, script, flags):
-    """SIGKILL at five moments of a run that saves after every update, so that some hit a save."""
+    """Kill a run that saves after every update at five moments, so that some hit a save."""
     monotone = []
     killed_after(0, script, *flags, "--updates", "5000", "--eval_every", "1")
     for k in range(4):
@@ -562,7 +562,7 @@ def test_processes_of_torchrun_take_the_same_steps(tiny):
 
 # ------------------------------------------------------------------------------ foreign checkpoints
 class Evil:
-    """Unpickling this makes a folder."""
+    """Make a folder when unpickled."""
 
     def __reduce__(self):
         return os.mkdir, ("executed",)
