@@ -176,7 +176,8 @@ def draw_levels(n, K, device=None):
     """
     levels = [torch.ones(n, device=device)]
     for _ in range(max(K - 1, 1)):
-        u = torch.rand(n, device=device).clamp(0.02, 0.98)
+        u = torch.rand(n, device=device)
+        u = u.clamp(0.02, 0.98)
         levels.append(levels[-1] * u)
     tau = levels[-1]
     pi = 1 / levels[-2]
@@ -224,7 +225,8 @@ def binary_cross_entropy(logits, is_text, label):
     """Return the binary cross-entropy, nats, of logits (B, L) against `label`: the mean over text,
     then over sequences."""
     labels = torch.full_like(logits, label, dtype=torch.float32)
-    loss = F.binary_cross_entropy_with_logits(logits.float(), labels, reduction="none")
+    loss = F.binary_cross_entropy_with_logits(
+        logits.float(), labels, reduction="none")
     return mean_over_text(loss, is_text).mean()
 
 
@@ -279,7 +281,8 @@ def policy_loss(log_prob, advantage, w, length):
 
     Its negative gradient is E[w * A * grad log_prob] / length; length is the texts' mean length.
     """
-    return -(w * advantage.detach() * log_prob).mean() / length
+    A = advantage.detach()
+    return -(w * A * log_prob).mean() / length
 
 
 def kl(log_p, log_q):
@@ -334,7 +337,8 @@ def reranked(z, where, log_p_x, discriminator, pad_id, M):
     candidates[where] = draw(log_p_x, M)
     rows = candidates.transpose(1, 2).reshape(B * M, L)  # M rows of a text, then of the next
 
-    r = reward(discriminator(rows), rows != pad_id, clip=math.inf)  # clipped ones would tie
+    logits = discriminator(rows)
+    r = reward(logits, rows != pad_id, clip=math.inf)  # clipped ones would tie
     choice = draw(F.log_softmax(r.view(B, M), -1))  # (B, 1)
     first = torch.arange(0, B * M, M, device=z.device)  # the row of each text's first candidate
     return rows[first + choice[:, 0]]
@@ -353,14 +357,16 @@ def guided_sample(denoiser, discriminator, z, steps, mask_id, pad_id=-1, tempera
     disc_calls = torch.zeros_like(nfe)
     for k in range(steps):
         if k < switch * steps:
-            choose = functools.partial(tilted, discriminator=discriminator, pad_id=pad_id, h=h)
+            choose = functools.partial(
+                tilted, discriminator=discriminator, pad_id=pad_id, h=h)
             passes = 1
         else:
-            choose = functools.partial(reranked, discriminator=discriminator, pad_id=pad_id, M=M)
+            choose = functools.partial(
+                reranked, discriminator=discriminator, pad_id=pad_id, M=M)
             passes = M
 
-        z, called = ancestral_step(denoiser, z, times[k], times[k + 1], mask_id, temperature,
-                                   choose)
+        z, called = ancestral_step(
+            denoiser, z, times[k], times[k + 1], mask_id, temperature, choose)
         nfe += called
         disc_calls += called * passes
         if on_step:

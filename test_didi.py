@@ -503,6 +503,17 @@ def test_a_state_without_masks_adds_nothing_to_the_regularisers():
 TIMES = {1: [1.0, 0.0], 2: [1.0, 0.6, 0.0], 3: [1.0, 0.6, 0.3, 0.0]}
 
 
+def path_probability(table, lengths, states, times):
+    """Return the enumerated probability (B,) of paths through states, rows (K + 1, B)."""
+    prob = LENGTHS[lengths]
+    for k in range(len(times) - 1):
+        moves = [
+            denoising(table[ROWS[n], :n], times[k], times[k + 1]) for n in Z
+        ]
+        prob = prob * torch.block_diag(*moves)[states[k], states[k + 1]]
+    return prob
+
+
 @pytest.fixture(params=[1, 2, 3])
 def paths(request):
     """Return all paths of K-step rollouts from all masks; each occurs at least once in 240,000.
@@ -511,28 +522,19 @@ def paths(request):
     probability by enumeration, one rollout's log_prob and its last state.
     """
     K, B = request.param, 240_000
-    times = TIMES[K]
     table = (0.2 * torch.randn(84, 3, V)).requires_grad_()
     lengths = torch.multinomial(LENGTHS, B, True)
     z = model.Denoiser(TEXTS).start(lengths)
     net = lookup(table, row)
-    levels = torch.tensor(times)[:, None].expand(-1, B)
+    levels = torch.tensor(TIMES[K])[:, None].expand(-1, B)
     x, log_prob, _ = didi.rollout(net, z, levels, HIDDEN)
 
-    state = torch.stack([row(z) for z in [*net.seen, x]])  # (K + 1, B)
-    prob = LENGTHS[lengths]
-    for k in range(K):
-        moves = [
-            denoising(table[ROWS[n], :n].detach(), times[k], times[k + 1])
-            for n in Z
-        ]
-        prob = prob * torch.block_diag(*moves)[state[k], state[k + 1]]
-    code = (state * 84 ** torch.arange(K + 1)[:, None]).sum(0)
-    kinds, kind = torch.unique(code, return_inverse=True)
-    one = torch.zeros(len(kinds), dtype=torch.long).scatter_(
-        0, kind, torch.arange(B)
-    )
-    return K, table, kind, prob[one], log_prob[one], state[-1, one]
+    states = torch.stack([row(z) for z in [*net.seen, x]])  # (K + 1, B)
+    prob = path_probability(table.detach(), lengths, states, TIMES[K])
+    kinds, kind = torch.unique(states, dim=1, return_inverse=True)
+    one = torch.zeros(kinds.shape[1], dtype=torch.long)
+    one[kind] = torch.arange(B)
+    return K, table, kind, prob[one], log_prob[one], states[-1, one]
 
 
 def test_a_rollout_takes_each_path_as_often_as_its_law_says(paths):

@@ -132,7 +132,8 @@ def watch(monkeypatch, module, name):
 @pytest.fixture
 def update(tiny, monkeypatch):
     """Return a function of flags that runs one update, without its steps, and returns the flags,
-    all that it drew, the discriminators, and the networks with their gradients."""
+    all that it drew, the discriminators, and the networks with their gradients.
+    """
 
     def run(flags):
         drawn = {
@@ -217,8 +218,9 @@ def disc_loss_by_hand(logits, texts, e):
     return torch.stack(losses).mean()
 
 
-def student_loss_by_hand(args, student, teacher, states, weights):
+def student_loss_by_hand(args, student, states, weights):
     """Return the student's loss from the states (B, L) of a rollout and A * w (B,)."""
+    _, teacher = model.load("out/teacher.pt", "teacher")
     log_prob = kl = entropy = 0
     x = states[-1]
     for before, after in zip(states[:-1], states[1:]):
@@ -247,6 +249,27 @@ def assert_near(gradients, net):
     assert (ours - theirs).norm() < 1e-3 * theirs.norm()
 
 
+def part_by_hand(args, disc, student, part):
+    """Return the losses (discriminator's, student's) of one part of an update."""
+    (_, tau, pi), states, ((of_x, z), (of_ref, z_ref)) = part
+    x, level = of_x[:2]
+    x_ref, level_ref = of_ref[:2]
+    n = len(z_ref)  # half of the groups train the discriminator
+    assert x is states[-1]
+    assert torch.equal(level[:n], level_ref)
+    coupled = torch.equal(level, tau.repeat_interleave(args.G))
+    assert coupled == args.coupled
+
+    logits = disc(torch.cat((z, z_ref)))
+    halves = torch.cat((logits[:n], logits[-n:]))
+    texts = torch.cat((x[:n], x_ref))
+    disc_loss = disc_loss_by_hand(halves, texts, args.smoothing)
+
+    r = [logit[text != PAD].mean() for logit, text in zip(logits, x)]
+    weights = advantage_by_hand(args, torch.stack(r).detach(), level, pi)
+    return disc_loss, student_loss_by_hand(args, student, states, weights)
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -259,41 +282,18 @@ def assert_near(gradients, net):
 )
 def test_an_update_is_the_algorithm_by_hand(update, flags):
     """Compare the gradients of both networks, from the states that the update drew."""
-    args, drawn, before, ((disc, disc_grads), (student, grads)) = update(
-        flags
-    )
-    _, teacher = model.load("out/teacher.pt", "teacher")
-    parts = len(before)
-    assert parts == args.accumulate
-    hand_disc = before[0]
+    args, drawn, before, steps = update(flags)
+    (_, disc_grads), (student, grads) = steps
+    disc = copy.deepcopy(before[0])
 
-    for i in range(parts):
-        (_, tau, pi), states, ((of_x, z), (of_ref, z_ref)) = part_of(
-            drawn, i, args.K
-        )
-        level = of_x[1]
-        assert of_x[0] is states[-1]
-        n = len(z_ref)  # half of the groups train the discriminator
-        assert torch.equal(level[:n], of_ref[1])
-        assert (
-            torch.equal(level, tau.repeat_interleave(args.G)) == args.coupled
-        )
+    for i, at_start in enumerate(before):
+        disc.load_state_dict(at_start.state_dict())
+        part = part_of(drawn, i, args.K)
+        losses = part_by_hand(args, disc, student, part)
+        (sum(losses) / args.accumulate).backward()
 
-        hand_disc.load_state_dict(before[i].state_dict())
-        logits = hand_disc(torch.cat((z, z_ref)))
-        texts = torch.cat((states[-1][:n], of_ref[0]))
-        halves = torch.cat((logits[:n], logits[-n:]))
-        (disc_loss_by_hand(halves, texts, args.smoothing) / parts).backward()
-
-        r = [
-            logit[text != PAD].mean()
-            for logit, text in zip(logits, states[-1])
-        ]
-        weights = advantage_by_hand(args, torch.stack(r).detach(), level, pi)
-        loss = student_loss_by_hand(args, student, teacher, states, weights)
-        (loss / parts).backward()
-
-    assert_near(disc_grads, hand_disc)
+    assert len(before) == args.accumulate
+    assert_near(disc_grads, disc)
     assert_near(grads, student)
 
 
@@ -614,11 +614,9 @@ MISTAKES = [
     (train_teacher, TEACH, "--n_head 0", "--n_head"),
     (train_teacher, TEACH, "--data none", "data.text"),
     (train_teacher, TEACH, "--accumulate 3", "--accumulate"),
-    (train_teacher, [], "--resume --out none.pt", "none.pt"),
     (train_teacher, [], "--resume --n_layer 1", "does not fit"),
     (distill, DISTIL, "--teacher out/student.pt", "student"),
     (distill, DISTIL, "--out out/teacher.pt", "teacher"),
-    (distill, DISTIL, "--data longer", "longer"),
     (sample, ON_CPU, "--steps 0", "--steps"),
     (sample, ON_CPU, "--model LICENSE", "LICENSE"),
     (sample, ON_CPU, "--prompt a_text_of_25_letters_____", "25 tokens"),
@@ -632,9 +630,6 @@ def test_an_everyday_mistake_is_one_line(
     tiny, capsys, script, flags, mistake, word
 ):
     (tiny / "LICENSE").write_text("text")
-    lines = [f"def f{i}(a, b={i}):" for i in range(80)]
-    corpus.write_rows("longer", lines, "signatures", "bytes", 32, {})
-
     assert word in refused(script, [*flags, *mistake.split()], capsys)
 
 
@@ -654,7 +649,6 @@ def test_a_checkpoint_of_another_corpus_is_not_written_over(tiny, capsys):
         ("--prompt ab", {2, 5}),
         ("--prompt ab --length 8", {8}),
         ("--infill a?b", {3}),
-        ("--infill ???????", {7}),
     ],
 )
 def test_a_text_has_the_length_given_or_one_of_the_training_texts_with_room(
