@@ -8,6 +8,7 @@
 A masked-diffusion model is conditioned by not masking the given tokens, wherever they are. Left out
 on purpose: top-k and top-p (they lower the entropy, as --temperature does).
 """
+import functools
 import os
 import sys
 import time
@@ -39,7 +40,7 @@ def parse_flags(argv=None):
     add = group.add_argument
     add("--length", type=NATURAL, help="tokens per text; None: drawn from the training lengths")
     add("--watch", action="store_true", help="show every step; best with --num 1 to 10")
-    add("--out", help="also write the texts to this file, as FASTA if it ends in .fasta")
+    add("--out", help="also write the texts to this file")
     add_device_flags(p)
     return p.parse_args(argv)
 
@@ -112,53 +113,63 @@ def show(z, config, encoding):
         print(f"\x1b[{len(z) + 1}A", end="")
 
 
+def load_discriminator(ckpt, path, net):
+    """Return a student's discriminator, frozen. Raises ValueError if the checkpoint has none."""
+    if "disc" not in ckpt:
+        raise ValueError(f"{path} has no discriminator, which --sampler rgas needs")
+    disc = Discriminator(net).to(net.lengths.device)  # net gives the shape, restore the weights
+    restore(ckpt, path, {"disc": disc})
+    return disc.eval()  # stops spectral norm's power iteration
+
+
+def write(args, net, disc, z, on_step):
+    """Fill the masks of z (num, L), --batch texts at once, guided by disc unless it is None.
+
+    Returns x (num, L), and the calls of the denoiser and of the discriminator (num,) each.
+    """
+    config = net.config
+    parts = []
+    for part in tqdm(z.split(args.batch), unit="batch", delay=2, disable=args.watch):
+        part = part.to(net.lengths.device)
+        if disc is None:
+            x, nfe = didi.sample(
+                net, part, args.steps, config.mask_id, args.temperature, on_step)
+            disc_calls = torch.zeros_like(nfe)
+        else:
+            x, nfe, disc_calls = didi.guided_sample(
+                net, disc, part, args.steps, config.mask_id, config.pad_id, args.temperature,
+                on_step=on_step)
+        parts.append((x, nfe, disc_calls))
+    return map(torch.cat, zip(*parts))
+
+
 def main(argv=None):
     args = parse_flags(argv)
     if args.out is not None and os.path.realpath(args.out) == os.path.realpath(args.model):
         raise ValueError(f"--out {args.out} is the model: name another file")
     device, bf16 = setup(args)
     ckpt, net = load(args.model, "student", "teacher", device=device, bf16=bf16)
-    config, encoding = net.config, corpus.make_tokenizer(ckpt["tokenizer"])
-
-    how = {"mask_id": config.mask_id, "steps": args.steps, "temperature": args.temperature}
-    if args.watch:
-        how["on_step"] = lambda z: show(z, config, encoding)
+    encoding = corpus.make_tokenizer(ckpt["tokenizer"])
+    disc = on_step = None
     if args.sampler == "rgas":
-        if "disc" not in ckpt:
-            raise ValueError(f"{args.model} has no discriminator, which --sampler rgas needs")
-        disc = Discriminator(net).to(device)  # net gives the shape, restore the weights
-        restore(ckpt, args.model, {"disc": disc})
-        how["discriminator"] = disc.eval()  # stops spectral norm's power iteration
-        how["pad_id"] = config.pad_id
+        disc = load_discriminator(ckpt, args.model, net)
+    if args.watch:
+        on_step = functools.partial(show, config=net.config, encoding=encoding)
 
     torch.manual_seed(args.seed)  # after restore, which sets the random numbers
-    z = start_states(args, net, given_tokens(args, encoding, config.mask_id))
-    parts = []
-    for part in tqdm(z.split(args.batch), unit="batch", delay=2, disable=args.watch):
-        part = part.to(device)
-        if args.sampler == "rgas":
-            x, nfe, disc_calls = didi.guided_sample(net, z=part, **how)
-        else:
-            x, nfe = didi.sample(net, part, **how)
-            disc_calls = torch.zeros_like(nfe)
-        parts.append((x, nfe, disc_calls))
-    x, nfe, disc_calls = map(torch.cat, zip(*parts))
+    z = start_states(args, net, given_tokens(args, encoding, net.config.mask_id))
+    x, nfe, disc_calls = write(args, net, disc, z, on_step)
 
-    keep = ""
-    separator = "\n"
-    if not config.pads:  # packed text contains line ends
-        keep = "\n"
-        separator = "\n---\n"
-    texts = corpus.decode(x, ckpt["tokenizer"], packed=not config.pads)
-    texts = [printable(text, keep) for text in texts]
+    packed = not net.config.pads
+    keep = "\n" if packed else ""  # packed text contains line ends
+    texts = [printable(text, keep) for text in corpus.decode(x, ckpt["tokenizer"], packed)]
     print(f"{args.model}: {args.steps} steps, {args.sampler}, T {args.temperature:g}; per text "
           f"{nfe.float().mean():.2f} denoiser, {disc_calls.float().mean():.2f} discriminator calls")
+    separator = "\n---\n" if packed else "\n"
     print(separator.join(texts))
     if args.out is not None:
-        if args.out.endswith(".fasta"):
-            texts = [f">didi_{i + 1} {args.model}\n{text}" for i, text in enumerate(texts)]
         with open(args.out, "w", encoding="utf-8") as f:
-            f.write("\n".join(texts) + "\n")
+            f.write(separator.join(texts) + "\n")
 
 
 if __name__ == "__main__":

@@ -154,7 +154,7 @@ proteins() {
     python -m experiments.evaluate --rows student --samples 500 $models \
         --student out/protein/from_1.pt --json $results/protein.json \
         --label "protein, from temperature 1"
-    python sample.py --model out/protein/student.pt --num 100 --out out/designs.fasta
+    python sample.py --model out/protein/student.pt --num 100 --out out/designs.txt
     log_means out/protein/{teacher,causal,student,from_1}.jsonl > $results/logs_protein.txt
 }
 
