@@ -5,8 +5,6 @@
 import time
 
 import torch
-from matplotlib.animation import FuncAnimation
-from matplotlib.figure import Figure
 
 from data import corpus
 from experiments import common
@@ -75,6 +73,9 @@ def paint(ax, title, frames, now):
 
 def animate(panels, args):
     """Write the GIF of panels, [(title, frames)], all slowed down by the same factor."""
+    from matplotlib.animation import FuncAnimation  # optional: pip install matplotlib
+    from matplotlib.figure import Figure
+
     slow = args.seconds / max(frames[-1][0] for _, frames in panels)
     figure = Figure(figsize=(12, 2.6), layout="constrained")
     axes = figure.subplots(1, len(panels))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import model
 from experiments import mdlm
 
-safetensors = pytest.importorskip("safetensors.torch")
+needs_package = pytest.mark.skipif(not mdlm.safetensors, reason="needs safetensors")
 L = 24
 D = 32
 H = 4
@@ -175,9 +175,10 @@ def test_the_published_layout_has_its_number_of_parameters():
 # --------------------------------------------------------------------------------------- commands
 def write(state):
     tensors = {f"backbone.{name}": tensor.float() for name, tensor in state.items()}
-    safetensors.save_file(tensors, "model.safetensors")
+    mdlm.safetensors.torch.save_file(tensors, "model.safetensors")
 
 
+@needs_package
 def test_the_import_makes_a_teacher():
     state = make_state()
     write(state)
@@ -191,6 +192,7 @@ def test_the_import_makes_a_teacher():
     assert checkpoint["flags"] == {"data": "corpus", "seed": 0}
 
 
+@needs_package
 def test_the_import_rounds_once():
     state = make_state()
     write(state)
@@ -201,6 +203,7 @@ def test_the_import_rounds_once():
         assert torch.equal(net.state_dict()[name], tensor.float())
 
 
+@needs_package
 def test_a_teacher_unfolds_into_a_file_that_imports_as_the_same():
     write(make_state())
     mdlm.main(["model.safetensors"])
@@ -210,12 +213,13 @@ def test_a_teacher_unfolds_into_a_file_that_imports_as_the_same():
 
     first, _ = model.load("out/teacher.pt", "teacher")
     again, _ = model.load("again.pt", "teacher")
-    assert f"backbone.{QKV}" in safetensors.load_file("new/model.safetensors")
+    assert f"backbone.{QKV}" in mdlm.safetensors.torch.load_file("new/model.safetensors")
     assert again["config"] == first["config"]
     for name, tensor in first["ema"].items():
         assert torch.equal(again["ema"][name], tensor)
 
 
+@needs_package
 def test_unfold_writes_over_nothing():
     write(make_state())
     mdlm.main(["model.safetensors"])
@@ -224,6 +228,7 @@ def test_unfold_writes_over_nothing():
         mdlm.main(["out/teacher.pt", "--unfold", "mine.safetensors"])
 
 
+@needs_package
 def test_a_network_of_texts_of_many_lengths_is_not_unfolded(monkeypatch):
     net = model.Denoiser(model.Config(257, L, BLOCKS, H, D, pads=True))
     monkeypatch.setattr(model, "load", lambda *_: ({}, net))
@@ -232,6 +237,7 @@ def test_a_network_of_texts_of_many_lengths_is_not_unfolded(monkeypatch):
         mdlm.main(["out/student.pt", "--unfold", "new/model.safetensors"])
 
 
+@needs_package
 @pytest.mark.parametrize("error, verdict", [
     (0, "known answers within 1e-3: these are the published weights"),
     (0.01, "known answers off by 0.01: these are not the published weights"),
@@ -255,6 +261,7 @@ def refuse(match):
     assert "\n" not in str(caught.value)
 
 
+@needs_package
 @pytest.mark.parametrize("name, tensor, match", [
     (QKV, torch.zeros(3 * D, D + 1), rf"'{QKV}' has \[96, 33\], not \[96, 32\]"),
     ("blocks.2.norm1.weight", torch.zeros(D), "'blocks.2.norm1.weight' is unknown"),
@@ -265,6 +272,7 @@ def test_other_tensors_are_refused_by_name(name, tensor, match):
     refuse(f"^model.safetensors does not fit .*{match}")
 
 
+@needs_package
 def test_a_missing_tensor_is_named():
     state = make_state()
     del state[QKV]
@@ -273,6 +281,7 @@ def test_a_missing_tensor_is_named():
     refuse(f"'{QKV}' is unknown or missing")
 
 
+@needs_package
 def test_a_vocabulary_without_a_tokenizer_is_refused():
     describe(vocab_size=98)
     write(make_state(97))
@@ -280,6 +289,7 @@ def test_a_vocabulary_without_a_tokenizer_is_refused():
     refuse("none of our tokenizers")
 
 
+@needs_package
 def test_a_network_that_knows_the_noise_level_is_refused():
     describe(time_conditioning=True)
     write(make_state())
@@ -287,6 +297,7 @@ def test_a_network_that_knows_the_noise_level_is_refused():
     refuse("^config.json: .* time_conditioning true")
 
 
+@needs_package
 @pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1"])
 def test_a_damaged_file_is_refused_with_the_address(content):
     pathlib.Path("model.safetensors").write_bytes(content)
@@ -294,6 +305,7 @@ def test_a_damaged_file_is_refused_with_the_address(content):
     refuse("^model.safetensors cannot be read .*https://huggingface.co/kuleshov-group/mdlm-owt")
 
 
+@needs_package
 def test_a_missing_file_is_refused_with_the_address():
     refuse("^model.safetensors cannot be read .*https://huggingface.co/kuleshov-group/mdlm-owt")
 
