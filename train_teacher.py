@@ -119,6 +119,8 @@ def main(argv=None):
     kind = "causal" if args.causal else "teacher"
     data = corpus.load(args.data)
     check_output(args.out, kind, args.data)
+    if args.n_embd % (2 * args.n_head):
+        raise ValueError(f"--n_embd {args.n_embd} is not a multiple of 2 --n_head")
     device, bf16 = setup(args)
 
     # the network and its average

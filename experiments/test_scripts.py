@@ -611,7 +611,7 @@ def test_moments_of_another_shape_are_refused(tiny, capsys, name):
 
 # ----------------------------------------------------------------------------- everyday mistakes
 MISTAKES = [
-    (train_teacher, TEACH, "--n_head 0", "--n_head"),
+    (train_teacher, TEACH, "--n_head 3", "--n_head"),
     (train_teacher, TEACH, "--data none", "data.text"),
     (train_teacher, TEACH, "--accumulate 3", "--accumulate"),
     (train_teacher, [], "--resume --n_layer 1", "does not fit"),
