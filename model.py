@@ -364,6 +364,7 @@ def restore(ckpt, path, nets):
                     if any(x.dim() and x.shape != p.shape for x in moments.values()):
                         raise ValueError
         torch.set_rng_state(ckpt["rng"].cpu())
+        torch.cuda.manual_seed(ckpt["step"])  # a GPU must not draw the first numbers again
     except Exception:
         raise ValueError(f"{path} does not fit these flags: resume with its own flags") from None
 

@@ -18,8 +18,6 @@ import re
 import shutil
 import signal
 import struct
-import subprocess
-import sys
 import threading
 import zlib
 from collections import Counter

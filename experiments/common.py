@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 import didi
 from experiments.autoregressive import autoregress
-from model import Denoiser, Discriminator, load, restore
+from model import Denoiser, Discriminator, load
+from sample import load_discriminator
 
 KINDS = {"teacher": "teacher", "student": "student", "autoregressive": "causal"}  # of checkpoints
 
@@ -32,9 +33,7 @@ def load_model(path, kind, device, bf16):
     ckpt, net = load(path, kind, device=device, bf16=bf16)
     model = Model(net, ckpt["tokenizer"], ckpt["flags"])
     if "disc" in ckpt:
-        model.disc = Discriminator(net).to(device)
-        restore(ckpt, path, {"disc": model.disc})
-        model.disc.eval()  # stops spectral norm's power iteration
+        model.disc = load_discriminator(ckpt, path, net)
     return model
 
 

@@ -55,7 +55,8 @@ def save(path, kind, length=L, packed=False):
     if kind == "student":
         nets["disc"] = model.Discriminator(net, 1)
     flags = {"data": "corpus", "seed": 0}
-    model.save(path, [], nets, kind=kind, config=vars(net.config), tokenizer="bytes", flags=flags)
+    about = {"kind": kind, "tokenizer": "bytes", "flags": flags, "step": 0}
+    model.save(path, [], nets, config=vars(net.config), **about)
 
 
 @pytest.fixture
