@@ -16,6 +16,7 @@ mask_id      the mask token
 pad_id       pads short texts to L, is never masked or predicted; -1 if there is none
 is_text      where there is a token, masked or not, and no pad (B, L) bool
 t, tau, s    diffusion times, also called levels, in [0, 1], 1 = all masked: a float or (B,)
+a            the reveal times (B, L) of a text: at time t the positions with a < t are masked
 log_p_x      log p(x_i | z_t) (n, V), at n positions selected from (B, L)
 B, L, V      batch size, sequence length, number of tokens that can be predicted
 G, K         samples in a group, steps of a rollout
@@ -43,10 +44,33 @@ def column(t, z):
     return t.reshape(-1, 1)
 
 
-def forward_mask(x, t, mask_id, pad_id=-1):
+def reveal_times(z, order):
+    """Draw the reveal times a (B, L) of the positions of z (B, L), each uniform in [0, 1].
+
+    "random" draws them independently (MDLM, the paper). "interlaced" reveals neighbours at distant
+    times, since they depend on each other most and tokens revealed together are drawn
+    independently. It takes van der Corput numbers; each text shifts them by a random number of
+    positions and adds a random u/M.
+    """
+    B, L = z.shape
+    if order == "random":
+        return torch.rand(B, L, device=z.device)
+
+    M = 1
+    van_der_corput = torch.zeros(M, device=z.device)  # 0, 1/2, 1/4, 3/4, 1/8, 5/8, ..
+    while M < L:
+        van_der_corput = torch.cat((van_der_corput, van_der_corput + 0.5 / M))
+        M *= 2
+    shift = torch.randint(M, (B, 1), device=z.device)
+    i = (torch.arange(L, device=z.device) + shift) % M  # (B, L)
+    u = torch.rand(B, 1, device=z.device)
+    return van_der_corput[i] + u / M
+
+
+def forward_mask(x, t, mask_id, pad_id=-1, order="interlaced"):
     """Draw z_t ~ q(z_t | x): mask each token of x (B, L), except pads, with chance 1 - alpha_t."""
-    u = torch.rand(x.shape, device=x.device)
-    hidden = u < 1 - alpha(column(t, x))  # (B, L)
+    a = reveal_times(x, order)
+    hidden = a < 1 - alpha(column(t, x))  # (B, L)
     return x.masked_fill(hidden & (x != pad_id), mask_id)
 
 
@@ -67,16 +91,17 @@ def predict(denoiser, z, where, temperature=1.0):
     return F.log_softmax(logits / temperature, dim=-1)
 
 
-def nelbo(denoiser, x, mask_id, pad_id=-1, t=None):
+def nelbo(denoiser, x, mask_id, pad_id=-1, t=None, order="random"):
     """Mask x (B, L) once at t (B,), drawn if None; return (bound, loss).
 
-    bound estimates an upper bound on -log p(x | length), nats per text token:
-    E_t E_{z_t} (1/t) * sum over masked i of -log p(x_i | z_t). loss, which training descends, is
-    the unweighted mean over masks: it has the same minimiser and less noise.
+    In random order bound estimates an upper bound on -log p(x | length), nats per text token:
+    E_t E_{z_t} (1/t) * sum over masked i of -log p(x_i | z_t). In another order it is no bound,
+    since there the masks depend on each other. loss, which training descends, is the unweighted
+    mean over masks: it has the same minimiser and less noise.
     """
     if t is None:
         t = low_discrepancy_times(len(x), x.device)
-    z = forward_mask(x, t, mask_id, pad_id)
+    z = forward_mask(x, t, mask_id, pad_id, order)
     masked = z == mask_id  # (B, L)
 
     logits = denoiser(z, masked).float()  # (n, V)
@@ -107,27 +132,16 @@ def draw(log_p_x, num=1):
     return first_above.clamp(max=V - 1)  # u * total may be rounded up to total
 
 
-def reveal_positions(z, t, s, mask_id):
-    """Draw which masks of z (B, L) a step t -> s reveals, (B, L) bool: each with chance (t - s)/t.
-
-    This does not depend on the content, so it is drawn before the network runs: "reveal first".
-    """
-    alpha_t = alpha(column(t, z))
-    alpha_s = alpha(column(s, z))
-    chance = (alpha_s - alpha_t) / (1 - alpha_t)
-    u = torch.rand(z.shape, device=z.device)
-    return (z == mask_id) & (u < chance)
-
-
-def ancestral_step(denoiser, z, t, s, mask_id, temperature=1.0, choose=None):
-    """Take one exact reverse step of the model, from z_t = z (B, L) to z_s.
+def ancestral_step(denoiser, z, a, s, mask_id, temperature=1.0, choose=None):
+    """Reveal the masks of z (B, L) whose reveal times a (B, L) are at least s: a step to z_s.
 
     Returns z_s (B, L) and called (B,) bool: the rows that reveal a token, for which the denoiser
     runs. choose(z, where, log_p_x (n, V)) -> z_s, for those rows alone, replaces the independent
-    draws. Positions are drawn before tokens: the usual categorical over V + 1 outcomes has the same
-    law, but truncates small probabilities in float32 (arXiv 2409.02908).
+    draws. A position that is masked at time t is revealed with chance (t - s)/t; in random order
+    this is the model's exact reverse step. The usual categorical over V + 1 outcomes has the same law, but truncates
+    small probabilities in float32 (arXiv 2409.02908).
     """
-    reveal = reveal_positions(z, t, s, mask_id)
+    reveal = (z == mask_id) & (a >= s)
     called = reveal.any(dim=1)  # (B,)
     if not called.any():
         return z, called
@@ -142,24 +156,29 @@ def ancestral_step(denoiser, z, t, s, mask_id, temperature=1.0, choose=None):
     return z_s, called
 
 
-def time_grid(steps):
-    """Return steps + 1 equally spaced times from 1 to 0. Raises ValueError if steps < 1."""
+def time_grid(steps, exponent=1.5):
+    """Return times t_k = 1 - (k/steps)^exponent, k = 0 .. steps, from 1 to 0.
+
+    Above exponent 1 the first steps, which see little text, reveal less. Raises ValueError if
+    steps < 1.
+    """
     if steps < 1:
         raise ValueError(f"steps is {steps}, but must be at least 1")
-    return [1 - k / steps for k in range(steps)] + [0.0]
+    return [1 - (k / steps) ** exponent for k in range(steps + 1)]
 
 
 @torch.no_grad()
-def sample(denoiser, z, steps, mask_id, temperature=1.0, on_step=None):
+def sample(denoiser, z, steps, mask_id, temperature=1.0, order="interlaced", exponent=1.5,
+           on_step=None):
     """Fill the masks of z (B, L) in `steps` ancestral steps; the last, to 0, reveals the rest.
 
     Returns x (B, L) and nfe (B,), the denoiser calls per text: at most `steps`, and at most the
     number of its masks. on_step(z_s) is called after each step.
     """
-    times = time_grid(steps)
+    a = reveal_times(z, order)
     nfe = torch.zeros_like(z[:, 0])
-    for t, s in zip(times[:-1], times[1:]):
-        z, called = ancestral_step(denoiser, z, t, s, mask_id, temperature)
+    for s in time_grid(steps, exponent)[1:]:
+        z, called = ancestral_step(denoiser, z, a, s, mask_id, temperature)
         nfe += called
         if on_step:
             on_step(z)
@@ -167,6 +186,19 @@ def sample(denoiser, z, steps, mask_id, temperature=1.0, on_step=None):
 
 
 # ------------------------------------------------------ 1. rollout with intermediate-state matching
+def predict_once(denoiser, z, where):
+    """Return log_p_x (n, V) as `predict` does, but run the denoiser once for all equal rows of z.
+
+    A rollout's first states are equal within a group: all masks, of one length.
+    """
+    rows, index = z.unique(dim=0, return_inverse=True)  # (U, L), (B,)
+    counts = torch.zeros(rows.shape, device=z.device).index_add(0, index, where.float())
+    needed = counts > 0  # (U, L)
+    log_p_x = predict(denoiser, rows, needed)
+    number = needed.flatten().cumsum(0).view_as(rows) - 1  # (U, L): its row of log_p_x
+    return log_p_x.index_select(0, number[index][where])
+
+
 def draw_levels(n, K, device=None):
     """Draw levels 1 = l_0 > .. > l_K = 0 of n K-step rollouts: (K + 1, n); return tau, pi (n,) too.
 
@@ -185,33 +217,51 @@ def draw_levels(n, K, device=None):
     return torch.stack(levels), tau, pi
 
 
-def rollout(student, z, levels, mask_id, keep_states=False):
-    """Fill the masks of z (B, L) along levels (K + 1, B), as `sample` does, with gradients.
+def rollout(student, z, levels, mask_id, order="interlaced", text=None, keep_states=False):
+    """Fill the masks of z (B, L) along K + 1 levels, each a float or (B,), as `sample` does, but
+    with gradients; `text` (B, L), if given, is written instead of tokens that are drawn.
 
     Returns x (B, L); log_prob (B,), the sum of log p(token) over the positions revealed in all K
     steps: the path's log probability, which the policy gradient needs (intermediate-state
     matching); and, if keep_states, the K states for `regularisers`, pairs (z (B, L), log_p_x (n, V)
     at its n masks), else [].
     """
+    a = reveal_times(z, order)
     log_prob = torch.zeros(len(z), device=z.device)
     states = []
-    for t, s in zip(levels[:-1], levels[1:]):
-        reveal = reveal_positions(z, t, s, mask_id)  # (B, L)
+    for s in levels[1:]:
+        masked = z == mask_id
+        reveal = masked & (a >= column(s, z))  # (B, L)
         if keep_states:
-            masked = z == mask_id
-            log_p_x = predict(student, z, masked)  # (n, V)
+            log_p_x = predict_once(student, z, masked)  # (n, V)
             states.append((z, log_p_x))
             revealed = reveal[masked]  # (n,) bool: which of the masks this step reveals
             log_p_revealed = log_p_x[revealed]  # (m, V)
         else:
-            log_p_revealed = predict(student, z, reveal)
+            log_p_revealed = predict_once(student, z, reveal)
 
-        token = draw(log_p_revealed.detach())  # (m, 1)
+        if text is None:
+            token = draw(log_p_revealed.detach())  # (m, 1)
+        else:
+            token = text[reveal][:, None]
         log_p_token = log_p_revealed.gather(1, token)[:, 0]
         row = reveal.nonzero()[:, 0]  # (m,): the text of each token
         log_prob = log_prob.index_add(0, row, log_p_token)
         z = z.masked_scatter(reveal, token)
     return z, log_prob, states
+
+
+@torch.no_grad()
+def few_step_nll(denoiser, x, steps, mask_id, pad_id=-1, order="interlaced", exponent=1.5):
+    """Return nll@steps (B,), nats per text: -log p(x | length, a) when `sample` writes x (B, L) in
+    `steps` steps, for reveal times a drawn once per text.
+
+    Its mean over a is an upper bound on that sampler's -log p(x | length).
+    """
+    z = x.masked_fill(x != pad_id, mask_id)
+    times = time_grid(steps, exponent)
+    _, log_prob, _ = rollout(denoiser, z, times, mask_id, order, text=x)
+    return -log_prob
 
 
 # ---------------------------------------------- 2. is forward_mask; 3. discriminator and 4. reward
@@ -257,16 +307,17 @@ def ratio_power(r, a):
     return torch.expm1(a * r) / a
 
 
-def grouped_advantage(R, G, clip=3.0, eps=1e-4):
+def grouped_advantage(R, G, dims=1, clip=3.0, eps=1e-4):
     """Return A = (R - mean)/(std + eps) (B,), clipped, for rewards R (B,).
 
-    The mean and std are those of a group: G rewards that follow one another.
+    The mean is that of a group: G rewards that follow one another. The std is a group's, too, for
+    dims 1; for dims (0, 1) it is the root mean square of R - mean over all B.
     """
     group = R.view(-1, G)
     group = group - group[:, :1]  # makes equal rewards exactly 0, however their mean is rounded
     centred = group - group.mean(1, keepdim=True)
-    std = group.std(1, correction=0, keepdim=True)
-    A = centred / (std + eps)
+    variance = centred.square().mean(dims, keepdim=True)
+    A = centred / (variance.sqrt() + eps)
     return A.clamp(-clip, clip).flatten()
 
 
@@ -274,6 +325,13 @@ def grouped_advantage(R, G, clip=3.0, eps=1e-4):
 def weight(t):
     """Return w(t) = -alpha'_t/(1 - alpha_t) = 1/t, at most 10."""
     return (1 / t).clamp(max=10)
+
+
+def draw_weighted_levels(n, device=None):
+    """Draw levels (n,) whose density is proportional to w(t): instead of weights, without their
+    variance."""
+    area = torch.rand(n, device=device) * (1 + math.log(10))  # below w, from 0 to t: 1 up to 0.1
+    return torch.where(area < 1, area, (area - 1).exp()) / 10
 
 
 def policy_loss(log_prob, advantage, w, length):
@@ -346,29 +404,23 @@ def reranked(z, where, log_p_x, discriminator, pad_id, M):
 
 @torch.no_grad()
 def guided_sample(denoiser, discriminator, z, steps, mask_id, pad_id=-1, temperature=1.0, h=1.0,
-                  M=4, switch=0.5, on_step=None):
+                  M=4, switch=0.5, order="interlaced", exponent=1.5, on_step=None):
     """Fill the masks of z (B, L): tilt in the first fraction `switch` of the steps, then re-rank.
 
     Returns x (B, L), nfe (B,) and disc_calls (B,), the discriminator's passes: 1 (with a backward
     pass) to tilt, M to re-rank.
     """
-    times = time_grid(steps)
+    a = reveal_times(z, order)
+    tilt = functools.partial(tilted, discriminator=discriminator, pad_id=pad_id, h=h)
+    rerank = functools.partial(reranked, discriminator=discriminator, pad_id=pad_id, M=M)
     nfe = torch.zeros_like(z[:, 0])
     disc_calls = torch.zeros_like(nfe)
-    for k in range(steps):
-        if k < switch * steps:
-            choose = functools.partial(
-                tilted, discriminator=discriminator, pad_id=pad_id, h=h)
-            passes = 1
-        else:
-            choose = functools.partial(
-                reranked, discriminator=discriminator, pad_id=pad_id, M=M)
-            passes = M
-
-        z, called = ancestral_step(
-            denoiser, z, times[k], times[k + 1], mask_id, temperature, choose)
+    for k, s in enumerate(time_grid(steps, exponent)[1:]):
+        tilting = k < switch * steps
+        choose = tilt if tilting else rerank
+        z, called = ancestral_step(denoiser, z, a, s, mask_id, temperature, choose)
         nfe += called
-        disc_calls += called * passes
+        disc_calls += called * (1 if tilting else M)
         if on_step:
             on_step(z)
     return z, nfe, disc_calls

@@ -25,7 +25,7 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 @dataclass(frozen=True)
 class Config:
-    """Describe the network's shape; every checkpoint stores it."""
+    """Describe the network's shape and how it writes; every checkpoint stores it."""
     vocab_size: int = 257  # the tokenizer's tokens, without the mask
     length: int = 48       # L, tokens per sequence
     n_layer: int = 3
@@ -34,6 +34,8 @@ class Config:
     causal: bool = False   # the autoregressive baseline: position i sees 0..i only
     pads: bool = False     # sequences are short texts, padded with the tokenizer's last token
     framed: bool = False   # packed text; every sequence begins and ends with that token
+    order: str = "random"  # of revealing, see didi.reveal_times
+    exponent: float = 1.0  # of the time grid, see didi.time_grid
 
     @property
     def mask_id(self):
