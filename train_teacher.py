@@ -21,6 +21,7 @@ from model import (COUNT, NATURAL, POSITIVE, RANK, Config, Denoiser, add_run_fla
                    catch_signals, check_output, descend, fraction_done, log, make_parser, parse_run,
                    per_part, restore, run, save, setup)
 
+EXPONENTS = {"interlaced": 1.5, "random": 1.0}  # of the time grid
 SIZES = {
     "nano": {  # minutes on two CPU cores
         "n_layer": 3, "n_head": 4, "n_embd": 128, "length": 128,
@@ -50,6 +51,8 @@ def parse_flags(argv=None):
     add("--length", type=NATURAL, help="L, tokens per sequence of packed text; rows set their own")
 
     add = p.add_argument_group("training").add_argument
+    add("--order", choices=("interlaced", "random"), default="interlaced",
+        help="order of revealing, from which every other batch of masks comes; the rest is random")
     add("--batch", type=NATURAL, help="sequences per update")
     add("--updates", type=NATURAL, help="optimiser steps")
     add("--lr", type=POSITIVE, help="peak learning rate; falls to a tenth along a cosine")
@@ -65,6 +68,40 @@ def parse_flags(argv=None):
     return parse_run(p, argv)
 
 
+def orthogonalise(X):
+    """Return the matrix X with its singular values moved to about .5 to 1.5, but for tiny ones: 5
+    Newton-Schulz iterations."""
+    if X.shape[0] > X.shape[1]:
+        return orthogonalise(X.T).T
+    X = X / X.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = X @ X.T
+        polynomial = torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        X = torch.addmm(X, polynomial, X, beta=3.4445)
+    return X
+
+
+class Muon(torch.optim.Optimizer):
+    """Descend along orthogonalised Nesterov momentum, for matrices (arXiv 2502.16982).
+
+    torch.optim.Muon does the same in bfloat16, at which most CPUs are slow. Steps are as long as
+    AdamW's, so that one learning rate serves both.
+    """
+
+    def __init__(self, matrices, lr):
+        super().__init__(matrices, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        group, = self.param_groups
+        for p in group["params"]:
+            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            momentum.lerp_(p.grad, 0.05)
+            direction = orthogonalise(p.grad.lerp(momentum, 0.95))
+            scale = 0.2 * max(p.shape) ** 0.5  # makes the direction's root mean square 0.2
+            p.sub_(direction, alpha=group["lr"] * scale)
+
+
 def causal_nll(model, x, mask_id):
     """Return -log p(x_i | x_1 .. x_{i-1}) (B, L), nats; the mask token stands before x_1."""
     z = F.pad(x[:, :-1], (1, 0), value=mask_id)
@@ -72,7 +109,7 @@ def causal_nll(model, x, mask_id):
     return F.cross_entropy(logits.transpose(1, 2), x, reduction="none")
 
 
-def bound_and_loss(model, x):
+def bound_and_loss(model, x, order="random"):
     """Return (bound, loss) of x (B, L); the bound, nats per text token, includes the lengths."""
     mask_id = model.config.mask_id
     pad_id = model.config.pad_id
@@ -82,34 +119,40 @@ def bound_and_loss(model, x):
         nll = (causal_nll(model, x, mask_id) * counted).sum()
         return nll / text.sum(), nll / counted.sum()
 
-    bound, loss = didi.nelbo(model, x, mask_id, pad_id)
+    bound, loss = didi.nelbo(model, x, mask_id, pad_id, order=order)
     p_length = model.lengths[text.sum(1)].clamp(min=1e-6)  # (B,)
     return bound - p_length.log().sum() / text.sum(), loss
 
 
 @torch.no_grad()
-def validate(model, data, device):
-    """Return the bound of held-out text and measures of samples, with fixed random numbers."""
-    L = model.config.length
-    row = {}
+def validate(net, data, device, passes):
+    """Return measures of held-out text and of samples, with fixed random numbers. The bound includes
+    the text's length, nll@N does not.
+
+    passes is the number of sequences that passed the network since the last table. If they are few,
+    fewer are measured, so that a table takes at most a tenth of the time.
+    """
+    config = net.config
+    num = min(max(passes // 100, 4), 256)
+    x = data.held_out(num, config.length)
+    row = {"held_out": len(x), "samples": num // 2}
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(1234)
-        nats = tokens = 0
-        num = max(1, 2 ** 16 // L)
-        for x in data.held_out(num, L).split(64):
-            x = x.to(device)
-            bound, _ = bound_and_loss(model, x)
-            n = (x != model.config.pad_id).sum()
-            nats += bound * n
-            tokens += n
-        row["val_nelbo"] = (nats / tokens).item()
+        text_tokens = (x != config.pad_id).sum().item()
+        parts = x.to(device).split(32)  # bounds the memory
+        nats = [bound_and_loss(net, part)[0] * (part != config.pad_id).sum() for part in parts]
+        row["val_nelbo"] = sum(nats).item() / text_tokens
+        if config.causal:
+            return row  # its sampling loop is in experiments/autoregressive.py
 
-        for steps in (8, 64):
-            if model.config.causal:
-                continue  # its sampling loop is in experiments/autoregressive.py
-            z = model.start(model.draw_lengths(128))
-            x, _ = didi.sample(model, z, steps, model.config.mask_id)
-            for name, value in quality.shown(x, data).items():
+        z = net.start(net.draw_lengths(num // 2))
+        for steps in (4, 8):
+            how = {"steps": steps, "mask_id": config.mask_id,
+                   "order": config.order, "exponent": config.exponent}
+            nats = [didi.few_step_nll(net, part, pad_id=config.pad_id, **how) for part in parts]
+            row[f"nll@{steps}"] = torch.cat(nats).sum().item() / text_tokens
+            texts = [didi.sample(net, part, **how)[0] for part in z.split(32)]
+            for name, value in quality.shown(torch.cat(texts), data).items():
                 row[f"{name}@{steps}"] = value
     return row
 
@@ -130,6 +173,8 @@ def main(argv=None):
         vocab_size, L, args.n_layer, args.n_head, args.n_embd, args.causal,
         pads=not data.packed,
         framed=data.framed,
+        order=args.order,
+        exponent=EXPONENTS[args.order],
     )
     torch.manual_seed(args.seed)
     model = Denoiser(config).to(device)
@@ -138,10 +183,8 @@ def main(argv=None):
     average = copy.deepcopy(model)
 
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
-    # "is", since tensors compare with == element by element
-    rest = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
-    # Muon's steps are scaled to be as long as AdamW's: one learning rate serves both
-    muon = torch.optim.Muon(matrices, args.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    rest = [p for p in model.parameters() if p not in set(matrices)]
+    muon = Muon(matrices, args.lr)
     adamw = torch.optim.AdamW(rest, args.lr, (0.9, 0.98), weight_decay=0.0, fused=True)
     nets = {"model": model, "ema": average, "muon": muon, "adamw": adamw}
     step, seconds, rows = 0, 0.0, []
@@ -164,7 +207,7 @@ def main(argv=None):
         # gradient of the mean over a batch
         for _ in range(args.accumulate):
             x = data.batch(B, L, device)  # (B, L)
-            bound, loss = bound_and_loss(model, x)
+            _, loss = bound_and_loss(model, x, ("random", args.order)[step % 2])
             (loss / args.accumulate).backward()
 
         # step; the learning rate warms up, then falls to a tenth along a cosine
@@ -178,11 +221,12 @@ def main(argv=None):
         # log, table, checkpoint
         seconds, stop = agree(time.perf_counter() - begin, signals[-1])
         progress = fraction_done(args, step, seconds)
-        row = {"step": step, "seconds": seconds, "loss": loss.item(), "nelbo": bound.item()}
-        log(rows, bar, row | {"norm": norm, "lr": lr})
+        log(rows, bar, {"step": step, "seconds": seconds, "loss": loss.item(), "norm": norm,
+                        "lr": lr})
         table = progress == 1 or step % args.eval_every == 0
         if table and RANK == 0:
-            row = {"step": step} | validate(average, data, device)
+            since_table = (step - 1) % args.eval_every + 1
+            row = {"step": step} | validate(average, data, device, since_table * args.batch)
             log(rows, bar, row, table=True)
         if table or stop:
             save(args.out, rows, nets, kind=kind, config=vars(config), tokenizer=data.tokenizer,
