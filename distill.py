@@ -9,21 +9,23 @@ samples and clipped (PPO) updates: each sample is used once, on policy.
 """
 import argparse
 import copy
+import dataclasses
 import time
 
 import torch
 from tqdm import tqdm
 
 import didi
-from data import corpus, quality
+from data import corpus
 from model import (COUNT, FRACTION, NATURAL, POSITIVE, RANK, Discriminator, add_run_flags, agree,
                    between, catch_signals, check_output, descend, fraction_done, load, log,
                    make_parser, parse_run, per_part, restore, run, save, setup)
+from train_teacher import validate
 
 PAPER = {
-    "groups": 32, "G": 4, "K": 2,
-    "reference": "teacher", "smoothing": 0.1,
-    "power": 0.0, "eps": 1e-4,
+    "order": "random", "exponent": 1.0, "grid": False, "groups": 32, "G": 4, "K": 2,
+    "reference": "teacher", "coupled": True, "smoothing": 0.1,
+    "power": 0.0, "advantage": "group", "eps": 1e-4,
     "temperature": 1.0, "w": True, "pi": True, "kl": 0.1, "entropy": 0.01,
 }
 
@@ -40,14 +42,19 @@ def parse_flags(argv=None):
         help="the paper's objective: sets the defaults of the flags below")
 
     add = p.add_argument_group("1. rollout").add_argument
-    add("--groups", type=NATURAL, default=16, help="groups per update")
+    add("--groups", type=NATURAL, default=8, help="groups per update")
     add("--G", type=between(2, 2 ** 20, int), default=8, help="samples per group")
-    add("--K", type=NATURAL, default=3,
+    add("--order", choices=("interlaced", "random"), default="interlaced", help="of revealing")
+    add("--exponent", type=between(0.1, 10), default=1.5, help="of the time grid")
+    add("--grid", action=on_off, default=True,
+        help="levels of a rollout: the time grid; no: each is uniform below the one before")
+    add("--K", type=NATURAL, default=4,
         help="steps of a rollout; 1: no intermediate-state matching")
 
     add = p.add_argument_group("2. noise and 3. discriminator").add_argument
     add("--reference", choices=("data", "teacher"), default="data", help="what gets label 1")
-    add("--coupled", action=on_off, default=True, help="mask x at the rollout's tau; no: U(0, 1)")
+    add("--coupled", action=on_off, default=False,
+        help="mask x at tau, the last of random levels; no: at a level of its own")
     add("--smoothing", type=between(0, 0.49), default=0.0, help="e: labels are 1 - e and e")
     add("--disc_blocks", type=COUNT, default=3, help="how many of its last blocks train")
     add("--disc_lr", type=POSITIVE, help="its learning rate; None: 10 times the student's")
@@ -56,20 +63,22 @@ def parse_flags(argv=None):
     add = p.add_argument_group("4. reward and advantage").add_argument
     add("--power", type=between(0, 4), default=2.0,
         help="a: the reward is (ratio**a - 1)/a, ratio the density ratio; 0: log(ratio)")
-    add("--group_norm", action=on_off, default=True, help="normalise in groups; no: bare reward")
-    add("--eps", type=POSITIVE, default=0.1, help="A = (R - mean)/(std + eps)")
+    add("--advantage", choices=("batch", "group", "bare"), default="batch",
+        help="(R - the group's mean)/(std + eps), std of the batch or group; bare: R")
+    add("--eps", type=POSITIVE, default=0.1, help="see --advantage")
 
     add = p.add_argument_group("5. student").add_argument
-    add("--temperature", type=POSITIVE, default=0.6,
+    add("--temperature", type=POSITIVE, default=0.8,
         help="the student starts as the teacher at this temperature")
-    add("--w", action=on_off, default=False, help="weight 1/t, t the level of the reward")
+    add("--w", action=on_off, default=True,
+        help="weight w(t) = 1/t of the level t; if not coupled, t has this density instead")
     add("--pi", action=on_off, default=False, help="if coupled: divide by the density of tau")
     add("--kl", type=FRACTION, default=0.0, help="weight of KL(teacher || student), per mask")
     add("--entropy", type=FRACTION, default=0.0, help="weight of the entropy bonus, per mask")
     add("--lr", type=POSITIVE, help="falls to a tenth; None: 6e-4 times the teacher's RMS weight")
     add("--ema", type=FRACTION, default=0.99, help="decay of the weight average that is sampled")
-    add("--updates", type=NATURAL, default=300, help="updates of the student")
-    add_run_flags(p, out="out/student.pt", eval_every=60)
+    add("--updates", type=NATURAL, default=200, help="updates of the student")
+    add_run_flags(p, out="out/student.pt", eval_every=100)
 
     given = p.parse_args(argv)  # to see --paper; parsed again below, so that given flags win
     if given.paper:
@@ -102,30 +111,21 @@ def rms_of_matrices(net):
     return weights.square().mean().sqrt().item()
 
 
-def draw_texts(net, num, steps):
-    """Return `num` texts, token ids (num, L), sampled in `steps` steps."""
-    parts = []
-    z = net.start(net.draw_lengths(num))
-    for part in z.split(32):  # bounds the memory
-        x, _ = didi.sample(net, part, steps, net.config.mask_id)
-        parts.append(x)
-    return torch.cat(parts)
-
-
-def validate(student, data, device):
-    """Return {"NAME@STEPS": measure} of samples in 4, 8 and 16 steps, with fixed random numbers."""
-    row = {}
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(4321)
-        for steps in (4, 8, 16):
-            x = draw_texts(student, 128, steps)
-            for name, value in quality.shown(x, data).items():
-                row[f"{name}@{steps}"] = value
-    return row
+def draw_pool(teacher, args, num=2048, steps=64):
+    """Return `num` texts (num, L) of the teacher, in `steps` steps."""
+    z = teacher.start(teacher.draw_lengths(num))
+    texts = []
+    for part in tqdm(z.split(64), desc="teacher samples", disable=RANK > 0):
+        x, _ = didi.sample(teacher, part, steps, teacher.config.mask_id, order=args.order,
+                           exponent=args.exponent)
+        texts.append(x)
+    return torch.cat(texts)
 
 
 def main(argv=None):
     args, ckpt = parse_flags(argv)
+    if args.grid and args.coupled:
+        raise ValueError("--coupled needs random levels: add --no-grid")
     device, bf16 = setup(args)
     teacher, data = load_teacher(args, device, bf16)
     check_output(args.out, "student", args.data)
@@ -140,8 +140,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     pool = None
     if args.reference == "teacher":
-        parts = tqdm(range(32), desc="teacher samples", disable=RANK > 0)
-        pool = torch.cat([draw_texts(teacher, 64, steps=64) for _ in parts])
+        pool = draw_pool(teacher, args)
 
     # the student and its average start as the teacher at --temperature
     if args.lr is None:
@@ -149,6 +148,8 @@ def main(argv=None):
     if args.disc_lr is None:
         args.disc_lr = 10 * args.lr
     average = copy.deepcopy(teacher)
+    average.config = dataclasses.replace(
+        teacher.config, order=args.order, exponent=args.exponent)
     for p in average.out.parameters():
         p.div_(args.temperature)
     student = copy.deepcopy(average).requires_grad_(True)
@@ -175,46 +176,57 @@ def main(argv=None):
         moving = step >= args.disc_warmup  # until then only the discriminator learns
 
         for _ in range(args.accumulate):
-            # 1. Rollout with intermediate-state matching: z_1 -> z_tau -> x, in groups of G
+            # 1. Rollout with intermediate-state matching: z_1 -> .. -> x, in groups of G
             lengths = teacher.draw_lengths(groups)
             z_1 = teacher.start(lengths.repeat_interleave(G))  # (B, L)
-            levels, tau, pi = didi.draw_levels(groups, args.K, device)  # the last two (groups,)
-            levels = levels.repeat_interleave(G, dim=1)  # (K + 1, B)
+            if args.grid:
+                levels = didi.time_grid(args.K, args.exponent)
+            else:
+                levels, tau, pi = didi.draw_levels(groups, args.K, device)  # the last two (groups,)
+                levels = levels.repeat_interleave(G, dim=1)  # (K + 1, B)
             with torch.set_grad_enabled(moving):
-                x, log_prob, states = didi.rollout(student, z_1, levels, mask_id, regularised)
+                x, log_prob, states = didi.rollout(
+                    student, z_1, levels, mask_id, args.order, keep_states=regularised)
 
-            # 2. Mask x again, at tau (coupled time) or at a random level; a reference at the same
-            level = tau  # (groups,)
-            if not args.coupled:
-                level = torch.rand_like(tau)
-            w = torch.ones_like(tau)
-            if args.w:
-                w = didi.weight(level)
-            if args.pi and args.coupled:
-                w = w / pi
+            # 2. Mask x again, at tau (coupled time) or at a level of its own; a reference at the same
+            w = torch.ones(groups, device=device)
+            if args.coupled:
+                level = tau
+                if args.w:
+                    w = didi.weight(tau)
+                if args.pi:
+                    w = w / pi
+            elif args.w:
+                level = didi.draw_weighted_levels(groups, device)
+            else:
+                level = torch.rand(groups, device=device)
             level = level.repeat_interleave(G)  # (B,)
             w = w.repeat_interleave(G)  # (B,)
             if pool is None:
                 x_ref = data.batch(n, teacher.config.length, device)
             else:
                 x_ref = pool[torch.randint(len(pool), (n,), device=device)]
-            z = didi.forward_mask(x, level, mask_id, pad_id)
-            z_ref = didi.forward_mask(x_ref, level[:n], mask_id, pad_id)
+            z = didi.forward_mask(x, level, mask_id, pad_id, "random")
+            z_ref = didi.forward_mask(x_ref, level[:n], mask_id, pad_id, "random")
 
             # 3. Discriminator: label 1 on the reference
             is_text = x != pad_id  # (B, L)
             is_text_ref = x_ref != pad_id  # (n, L)
-            logits, logits_ref = disc(torch.cat((z, z_ref))).split((B, n))
-            disc_loss = didi.discriminator_loss(logits_ref, is_text_ref, logits[:n], is_text[:n],
+            logits, logits_ref = disc(torch.cat((z[:n], z_ref))).split(n)
+            disc_loss = didi.discriminator_loss(logits_ref, is_text_ref, logits, is_text[:n],
                                                 args.smoothing)
             (disc_loss / args.accumulate).backward()
+            with torch.no_grad():
+                logits_rest = disc(z[n:])
+            logits = torch.cat((logits, logits_rest))  # (B, L)
 
             # 4. Reward, from the logits that train the discriminator; advantage within groups
             r = didi.reward(logits, is_text)  # (B,)
             R = didi.ratio_power(r, args.power)
             advantage = R
-            if args.group_norm:
-                advantage = didi.grouped_advantage(R, G, eps=args.eps)
+            if args.advantage != "bare":
+                dims = {"group": 1, "batch": (0, 1)}[args.advantage]
+                advantage = didi.grouped_advantage(R, G, dims, eps=args.eps)
 
             # 5. Student: policy gradient, KL to the teacher, entropy bonus
             if moving:
@@ -249,10 +261,12 @@ def main(argv=None):
 
         table = progress == 1 or (moving and updates % args.eval_every == 0)
         if table and RANK == 0:
-            row = {"step": step} | validate(average, data, device)
+            since_table = (updates - 1) % args.eval_every + 1
+            passes = since_table * args.groups * G * (args.K + 1)
+            row = {"step": step} | validate(average, data, device, passes)
             log(rows, bar, row, table=True)
         if table or stop:
-            save(args.out, rows, nets, kind="student", config=vars(teacher.config),
+            save(args.out, rows, nets, kind="student", config=vars(average.config),
                  tokenizer=data.tokenizer, flags=vars(args), step=step, seconds=seconds)
     bar.close()
     return int(stop)

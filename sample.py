@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 import didi
 from data import corpus
-from model import (NATURAL, POSITIVE, Discriminator, add_device_flags, load, make_parser, restore,
-                   run, setup)
+from model import (NATURAL, POSITIVE, Discriminator, add_device_flags, between, load, make_parser,
+                   restore, run, setup)
 
 
 def parse_flags(argv=None):
@@ -27,6 +27,8 @@ def parse_flags(argv=None):
     add = p.add_argument_group("sampling").add_argument
     add("--model", default="out/student.pt", help="checkpoint of distill.py or train_teacher.py")
     add("--steps", type=NATURAL, default=8, help="sampling steps: the most denoiser calls per text")
+    add("--order", choices=("interlaced", "random"), help="of revealing; None: the model's own")
+    add("--exponent", type=between(0.1, 10), help="of the time grid; None: the model's own")
     add("--num", type=NATURAL, default=16, help="number of texts")
     add("--temperature", type=POSITIVE, default=1.0, help="divides the logits")
     add("--sampler", choices=("ancestral", "rgas"), default="ancestral",
@@ -127,18 +129,17 @@ def write(args, net, disc, z, on_step):
 
     Returns x (num, L), and the calls of the denoiser and of the discriminator (num,) each.
     """
-    config = net.config
+    how = {"steps": args.steps, "mask_id": net.config.mask_id, "temperature": args.temperature,
+           "order": args.order, "exponent": args.exponent, "on_step": on_step}
     parts = []
     for part in tqdm(z.split(args.batch), unit="batch", delay=2, disable=args.watch):
         part = part.to(net.lengths.device)
         if disc is None:
-            x, nfe = didi.sample(
-                net, part, args.steps, config.mask_id, args.temperature, on_step)
+            x, nfe = didi.sample(net, part, **how)
             disc_calls = torch.zeros_like(nfe)
         else:
             x, nfe, disc_calls = didi.guided_sample(
-                net, disc, part, args.steps, config.mask_id, config.pad_id, args.temperature,
-                on_step=on_step)
+                net, disc, part, pad_id=net.config.pad_id, **how)
         parts.append((x, nfe, disc_calls))
     return map(torch.cat, zip(*parts))
 
@@ -151,6 +152,10 @@ def main(argv=None):
     ckpt, net = load(args.model, "student", "teacher", device=device, bf16=bf16)
     encoding = corpus.make_tokenizer(ckpt["tokenizer"])
     disc = on_step = None
+    if args.order is None:
+        args.order = net.config.order
+    if args.exponent is None:
+        args.exponent = net.config.exponent
     if args.sampler == "rgas":
         disc = load_discriminator(ckpt, args.model, net)
     if args.watch:
@@ -163,8 +168,9 @@ def main(argv=None):
     packed = not net.config.pads
     keep = "\n" if packed else ""  # packed text contains line ends
     texts = [printable(text, keep) for text in corpus.decode(x, ckpt["tokenizer"], packed)]
-    print(f"{args.model}: {args.steps} steps, {args.sampler}, T {args.temperature:g}; per text "
-          f"{nfe.float().mean():.2f} denoiser, {disc_calls.float().mean():.2f} discriminator calls")
+    print(f"{args.model}: {args.steps} steps, {args.order}, {args.sampler}, "
+          f"T {args.temperature:g}; per text {nfe.float().mean():.2f} denoiser, "
+          f"{disc_calls.float().mean():.2f} discriminator calls")
     separator = "\n---\n" if packed else "\n"
     print(separator.join(texts))
     if args.out is not None:
