@@ -20,7 +20,6 @@ import signal
 import struct
 import threading
 import zlib
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -28,7 +27,6 @@ import torch
 
 from data import corpus, fasta, openwebtext, quality, signatures, text
 
-HERE = pathlib.Path(__file__).parent
 FORK = multiprocessing.get_context("fork")
 END = "<|endoftext|>\n"
 FASTA = b"; a comment\r\n>\xe9 one\nMKVL\nWAAG*\n\n>two\nmkvlbzuj\n>empty\n>again\nMKVLWAAG\n"
@@ -103,7 +101,7 @@ def test_a_large_corpus_goes_on_in_more_files(monkeypatch):
 
 @pytest.mark.parametrize("length, starts", [
     (0, [100, 101, 102, 200]),  # every window of a file that is long enough
-    (8, [100, 200]),  # every whole row
+    (8, [100, 200])  # every whole row
 ])
 def test_batches_are_rows_or_windows_equally_often(length, starts):
     data = in_memory([range(100, 110), range(50, 53), range(200, 208)], [], length)
@@ -147,7 +145,7 @@ def test_framed_sequences_begin_and_end_with_an_end_token_and_are_else_as_before
 @pytest.mark.parametrize("made_for", [
     ("gpt2", 8, False),
     ("bytes", 9, False),
-    ("bytes", 8, True),
+    ("bytes", 8, True)
 ])
 def test_a_network_for_other_sequences_does_not_fit(made_for):
     data = in_memory([], [], 8)
@@ -251,7 +249,7 @@ def test_nothing_is_written_over():
 
 @pytest.mark.parametrize("error, code, said", [
     (ValueError("no"), 2, "error: no\n"),
-    (KeyboardInterrupt, 130, ""),
+    (KeyboardInterrupt, 130, "")
 ])
 def test_what_the_user_can_mend_is_one_line(capsys, error, code, said):
     def main():
@@ -267,7 +265,8 @@ def test_what_the_user_can_mend_is_one_line(capsys, error, code, said):
 # -------------------------------------------------------------------------------- GPT-2's tokens
 def test_gpt2s_files_that_are_missing_or_damaged(folder, monkeypatch):
     """tiktoken removes a damaged file, then asks the network."""
-    name = re.search(r"`vocab.bpe` \| `(\w+)`", (HERE / "README.md").read_text())[1]
+    readme = pathlib.Path(__file__).with_name("README.md").read_text()
+    name = re.search(r"`vocab.bpe` \| `(\w+)`", readme)[1]
     (folder / name).touch()
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
     monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
@@ -283,7 +282,7 @@ def test_gpt2s_files_that_are_missing_or_damaged(folder, monkeypatch):
 @pytest.mark.parametrize("name, content", [
     ("a.txt", b"caf\xe9 au lait"),
     ("a.gz", gzip.compress(FASTA)[:60]),
-    ("a.xz", lzma.compress(FASTA)[:60]),
+    ("a.xz", lzma.compress(FASTA)[:60])
 ])
 def test_what_cannot_be_read_whole_is_refused(folder, name, content):
     (folder / name).write_bytes(content)
@@ -315,7 +314,7 @@ def test_text_becomes_packed_tokens(folder, gpt2, monkeypatch):
 def test_framed_text_is_for_distillation(folder, capsys):
     (folder / "a.txt").write_text("word " * 100)
 
-    text.main(["a.txt", "--tokenizer", "bytes", "--framed"])
+    text.main("a.txt --tokenizer bytes --framed".split())
 
     assert corpus.load("out/a").framed
     assert capsys.readouterr().out.endswith("python distill.py --data out/a\n")
@@ -345,7 +344,7 @@ def test_a_folder_is_read_whole_and_each_file_once(folder):
     (folder / "d/e/2.txt.gz").write_bytes(gzip.compress(b"second"))
     (folder / "d/loop").symlink_to(".")
 
-    text.main(["d/", "--tokenizer", "bytes"])
+    text.main("d/ --tokenizer bytes".split())
 
     both = tokens("out/d", "train") + tokens("out/d", "val")
     assert sorted(both) == sorted([*b"first" * 20, 256, *b"second", 256])
@@ -356,7 +355,7 @@ def test_ready_made_shards_validate_if_val_is_a_word_of_their_names(folder):
     for name in ("retrieval_train_0", "x_train_1", "x_val_0"):
         os.link("val/train.bin", f"val/{name}.bin")
 
-    text.main(["val", "--out", "c", "--tokenizer", "bytes"])
+    text.main("val --out c --tokenizer bytes".split())
 
     assert tokens("c", "val") == [3, 1, 2]
     assert tokens("c", "train") == [1, 2] * 3
@@ -382,7 +381,7 @@ def test_signatures_are_found_on_this_machine(monkeypatch):
 
 
 @pytest.mark.parametrize("line", [
-    "def f(:", "def f(x) return:", "x = 1", "def f():pass\ndef g():", "", "def f(\0):", "class A:",
+    "def f(:", "def f(x) return:", "x = 1", "def f():pass\ndef g():", "", "def f(\0):", "class A:"
 ])
 def test_what_is_no_signature(line):
     assert not signatures.is_signature(line)
@@ -407,7 +406,7 @@ def test_rows_of_no_length_are_refused(monkeypatch):
 @pytest.mark.parametrize("name, pack", [
     ("p.fasta", bytes),
     ("p.fa.gz", gzip.compress),
-    ("p.xz", lzma.compress),
+    ("p.xz", lzma.compress)
 ])
 def test_fasta_in_all_its_forms(folder, name, pack):
     (folder / name).write_bytes(pack(FASTA))
@@ -417,7 +416,7 @@ def test_fasta_in_all_its_forms(folder, name, pack):
 
 @pytest.mark.parametrize("content, number", [
     ("hello\n>x\nACD", 1),
-    (">x\nACD\nAC-D", 3),
+    (">x\nACD\nAC-D", 3)
 ])
 def test_what_is_no_fasta_is_named_by_its_line(folder, content, number):
     (folder / "p.fasta").write_text(content)
@@ -430,7 +429,7 @@ def test_what_is_no_fasta_is_named_by_its_line(folder, content, number):
 def test_long_sequences_are_dropped_or_cropped_and_counted(folder, capsys, long, kept):
     (folder / "p.fa").write_text("".join(f">\n{'MKV' * i}C\n" for i in range(99)))
 
-    fasta.main(["p.fa", "--length", "250", "--long", long])
+    fasta.main(f"p.fa --length 250 --long {long}".split())
 
     data = corpus.load("out/p")
     texts = data.texts("train") + data.texts("val")
@@ -495,48 +494,27 @@ def test_a_damaged_tar_is_named(folder, server):
     (folder / "00.tar").write_bytes(Handler.body[:700])
 
     with pytest.raises(ValueError, match="00.tar cannot be .* read"):
-        openwebtext.main(["--shards", "1", "--cache", "."])
+        openwebtext.main("--shards 1 --cache .".split())
 
 
 # ---------------------------------------------------------------------------------------- measures
-@pytest.mark.parametrize("sequence, exact", [("aabb", math.log(2)), ("", 0)])
-def test_entropy_by_hand(sequence, exact):
-    assert quality.entropy(sequence) == pytest.approx(exact)
-
-
-def test_ngrams_by_hand():
-    assert quality.ngrams(["abab", "b"], 2) == {("a", "b"): 2, ("b", "a"): 1}
-
-
-@pytest.mark.parametrize("other, exact", [
-    ("ab", 0),
-    ("", math.log(2)),
-    ("a", quality.entropy("aaab") - math.log(2) / 2),
+@pytest.mark.parametrize("statistic, of, exact", [
+    (quality.entropy, ["aabb"], math.log(2)),
+    (quality.entropy, [""], 0),
+    (quality.ngrams, [["abab", "b"], 2], {("a", "b"): 2, ("b", "a"): 1}),
+    (quality.jensen_shannon, ["ab", "ab"], 0),
+    (quality.jensen_shannon, ["ab", ""], math.log(2)),
+    (quality.jensen_shannon, ["ab", "a"], quality.entropy("aaab") - math.log(2) / 2),
+    (quality.total_variation, ["aab", "abbbcc"], 1 / 2),
+    (quality.total_variation, ["aab", "aab" * 9], 0),
+    (quality.ks, [[1, 2], [3, 4]], 1),
+    (quality.ks, [[10, 9], [9, 10]], 0),
+    (quality.repeated, [[1, 2, 3, 4, 1, 2, 3, 4]], 1 / 5),  # 1234 occurs again
+    (quality.repeated, ["abc"], 0),
+    (quality.features, ["def f(self, *a: int, b=1) -> X:"], (1, 1, 1, 1, 2, 1))
 ])
-def test_divergence_by_hand(other, exact):
-    assert quality.jensen_shannon(Counter("ab"), Counter(other)) == pytest.approx(exact)
-
-
-@pytest.mark.parametrize("other, exact", [
-    ("abbbcc", 1 / 2),
-    ("aab" * 9, 0),
-])
-def test_total_variation_by_hand(other, exact):
-    assert quality.total_variation("aab", other) == pytest.approx(exact)
-
-
-@pytest.mark.parametrize("ours, theirs, exact", [
-    ([1, 2], [3, 4], 1),
-    ([10, 9], [9, 10], 0),
-])
-def test_kolmogorov_smirnov_by_hand(ours, theirs, exact):
-    assert quality.ks(ours, theirs) == pytest.approx(exact)
-
-
-def test_features_of_a_signature():
-    cell = quality.features("def f(self, *a: int, b=1) -> X:")
-
-    assert cell == (True, True, True, True, 2, True)
+def test_statistics_by_hand(statistic, of, exact):
+    assert statistic(*of) == pytest.approx(exact)
 
 
 LINES = ["def a(x) -> int:", "def b(x=1):", "def c(x):", "def d(y):"]
@@ -549,7 +527,7 @@ LINES = ["def a(x) -> int:", "def b(x=1):", "def c(x):", "def d(y):"]
     ("ks", 0.25),  # three of ours have 9 characters, two of theirs
     ("rare", 3 / 38 * 45),  # z, z and 2; theirs count as one of 45
     ("length", 9.5),
-    ("length_sd", 0.75 ** 0.5),
+    ("length_sd", 0.75 ** 0.5)
 ])
 def test_signatures_beside_validation_lines_by_hand(name, exact):
     data = of_rows(["def known():"], LINES)
@@ -573,18 +551,13 @@ def test_shares_of_signatures_by_hand():
     (["ACDEFGHMNMM"], "novel", 1),  # three of seven 5-mers are in a training sequence
     (["ACDEFY"], "novel", 0),  # one of two
     (["ACDEACDEACDE", "ACDEFGACDEFG"], "low", 0.5),  # 2 and 2.6 bits
-    (["", ""], "js2", math.log(2)),
+    (["", ""], "js2", math.log(2))
 ])
 def test_measures_of_proteins_by_hand(texts, name, exact):
     known = ["ACDEFGHIKLMNPQ", "WWWWWYYYYY"]
     data = of_rows(known, ["ACDEFGHIKL", "ACDEF"], "fasta", "protein")
 
     assert measure(texts, data)[name] == pytest.approx(exact)
-
-
-def test_repeated_4_grams_by_hand():
-    assert quality.repeated([1, 2, 3, 4, 1, 2, 3, 4]) == 1 / 5  # 1234 occurs again
-    assert quality.repeated("abc") == 0
 
 
 def test_traits_of_a_passage_by_hand():
@@ -626,20 +599,21 @@ def test_tables_show_some_measures():
 
 
 # ------------------------------------------------------------------------------------ bad samplers
-def far(bad, real):
-    """Return the names of measures that are far from those of real samples, equal in number."""
-    found = set()
+def check_bad(bad, real, caught, blind):
+    """Assert which measures are far from those of real samples, equal in number."""
+    far = set()
     for name in bad:
         values = [q[name] for q in real]
         if abs(bad[name] - np.mean(values)) > 0.02 + 7 * np.std(values):
-            found.add(name)
-    return found
+            far.add(name)
+    assert set(caught.split()) <= far
+    assert not far & set(blind.split())
 
 
 def people(n):
     """Return n unique signatures as people might write them."""
     draw = random.Random(0).choice
-    words = ["".join(letters) for letters in itertools.permutations("abeginrst", 3)]
+    words = list(map("".join, itertools.permutations("abeginrst", 3)))
     lines = {}
     while len(lines) < n:
         name = draw(["get_", "set_", "make_"]) + draw(words) + draw("abcdeABCDE")
@@ -667,16 +641,15 @@ def lines():
     (lambda s: len(s) == 20, "ks", "valid"),
     (lambda s: s[4:8] == "get_", "js3", "valid tv"),
     (lambda s: "->" not in s, "tv post", "valid distinct"),
-    (lambda s: s.islower(), "rare", "valid distinct"),
+    (lambda s: s.islower(), "rare", "valid distinct")
 ])
 def test_bad_samplers_of_signatures_are_caught(lines, keep, caught, blind):
     data, train, real = lines
     kept = [s for s in train if keep(s)] * 500
 
-    found = far(measure(kept[:500], data), real)
+    bad = measure(kept[:500], data)
 
-    assert set(caught.split()) <= found
-    assert not found & set(blind.split())
+    check_bad(bad, real, caught, blind)
 
 
 @pytest.fixture(scope="module")
@@ -702,12 +675,11 @@ def passages():
     (lambda x: x[:1].expand(500, 128), "distinct bigram js3 tv", ""),
     (lambda x: x[:, :32].repeat(1, 4), "rep4", "distinct"),
     (lambda x: torch.where((x >= 65) & (x <= 90), x + 32, x), "tv", "distinct rep4"),
-    (lambda x: x[:, torch.randperm(128)], "js3 bigram", "entropy distinct"),
+    (lambda x: x[:, torch.randperm(128)], "js3 bigram", "entropy distinct")
 ])
 def test_bad_samplers_of_text_are_caught(passages, worsen, caught, blind):
     data, x, real = passages
 
-    found = far(quality.quality(worsen(x), data), real)
+    bad = quality.quality(worsen(x), data)
 
-    assert set(caught.split()) <= found
-    assert not found & set(blind.split())
+    check_bad(bad, real, caught, blind)

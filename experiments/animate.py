@@ -1,21 +1,24 @@
-"""animate.py - a GIF of three models writing side by side at true speed ratios; needs matplotlib.
+"""animate.py - pictures of writing; needs matplotlib.
 
-    python -m experiments.animate assets/writing.gif
+    python -m experiments.animate assets/writing.gif   # three models, side by side, at true ratios
+    python -m experiments.animate assets/orders.png    # which tokens appear in which step
 """
 import time
 
 import torch
 
+import didi
 from data import corpus
 from experiments import common
 from model import NATURAL, POSITIVE, add_device_flags, make_parser, run, setup
 from sample import printable
+from train_teacher import EXPONENTS
 
 
 def parse_flags(argv=None):
     p = make_parser(__doc__)
     add = p.add_argument
-    add("out", help="the GIF to write")
+    add("out", help="the file to write: .gif or .png, see above")
     add("--teacher", default="out/teacher.pt", help="checkpoint of train_teacher.py")
     add("--student", default="out/student.pt", help="checkpoint of distill.py")
     add("--causal", default="out/causal.pt", help="checkpoint of train_teacher.py --causal")
@@ -90,15 +93,37 @@ def animate(panels, args):
     movie.save(args.out, writer="pillow", fps=args.fps, dpi=80)
 
 
+def draw_orders(path, texts=12, L=48, steps=4):
+    """Draw the step in which each token of some texts appears, in both orders of revealing."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 2.4), layout="constrained")
+    axes = figure.subplots(1, 2)
+    z = torch.zeros(texts, L, dtype=torch.long)
+    for ax, (order, exponent) in zip(axes, EXPONENTS.items()):
+        a = didi.reveal_times(z, order)
+        levels = torch.tensor(didi.time_grid(steps, exponent))
+        step = (a[..., None] < levels).sum(-1)
+        picture = ax.imshow(step, cmap="viridis")
+        ax.set(title=order, xlabel="position", ylabel="text", yticks=[])
+    figure.colorbar(picture, ax=axes, label="step", ticks=range(1, steps + 1))
+    figure.savefig(path, dpi=110)
+
+
 def main(argv=None):
     args = parse_flags(argv)
+    if args.out.endswith(".png"):
+        torch.manual_seed(args.seed)
+        draw_orders(args.out)
+        return 0
+
     device, bf16 = setup(args)
     paths = {"autoregressive": args.causal, "teacher": args.teacher, "student": args.student}
     models = common.load_models(paths, device, bf16)
 
     panels = []
-    for title, steps in (("autoregressive", None), ("teacher, 256 steps", 256),
-                         ("student, 8 steps", 8)):
+    for title, steps in (("autoregressive", None), ("teacher, 32 steps", 32),
+                         ("student, 4 steps", 4)):
         model = models[title.split(",")[0]]
         panels.append((title, record(model, args.lines, steps, args.seed)))
     animate(panels, args)

@@ -21,7 +21,7 @@ from data import corpus
 from experiments import common
 from model import NATURAL, Config, Denoiser, add_device_flags, load, make_parser, run, setup
 
-MODELS = (("teacher", 256), ("teacher", 1024), ("student", 8), ("student", 16),
+MODELS = (("teacher", 256), ("teacher", 8), ("student", 4), ("student", 8),
           ("student, guided", 8), ("autoregressive", None))
 
 

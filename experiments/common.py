@@ -14,6 +14,7 @@ import didi
 from experiments.autoregressive import autoregress
 from model import Denoiser, Discriminator, load
 from sample import load_discriminator
+from train_teacher import EXPONENTS
 
 KINDS = {"teacher": "teacher", "student": "student", "autoregressive": "causal"}  # of checkpoints
 
@@ -56,6 +57,14 @@ def load_models(paths, device, bf16):
 
 
 # ---------------------------------------------------------------------------------- timed writing
+def order_of(model, order=None):
+    """Return {"order", "exponent"} of a model's own sampling, or those of another order."""
+    config = model.net.config
+    if order is None or order == config.order:
+        return {"order": config.order, "exponent": config.exponent}
+    return {"order": order, "exponent": EXPONENTS[order]}
+
+
 def penalised(net, strength):
     """Return the denoiser with a frequency penalty, a control that needs no training: a token's
     logit is lowered by `strength` for each time that it is visible."""
@@ -70,31 +79,29 @@ def penalised(net, strength):
     return denoiser
 
 
-def fill(model, z, steps, temperature=1.0, penalty=0.0, guided=False, on_step=None):
+def fill(model, z, steps, temperature=1.0, order=None, guided=False, on_step=None):
     """Fill the masks of z (B, L) in `steps` steps, or token by token if the model is causal.
 
     Returns x (B, L), nfe (B,) and disc_calls (B,), the calls of both networks.
     """
     config = model.net.config
-    how = {"temperature": temperature, "on_step": on_step}
-    if guided:
-        return didi.guided_sample(model.net, model.disc, z, steps, config.mask_id, config.pad_id,
-                                  **how)
-
-    denoiser = model.net
-    if penalty > 0:
-        denoiser = penalised(denoiser, penalty)
     if config.causal:
-        x, nfe = autoregress(denoiser, len(z), config.pad_id, **how)
-    else:
-        x, nfe = didi.sample(denoiser, z, steps, config.mask_id, **how)
+        x, nfe = autoregress(model.net, len(z), config.pad_id, temperature, on_step)
+        return x, nfe, torch.zeros_like(nfe)
+
+    how = {"steps": steps, "mask_id": config.mask_id, "temperature": temperature,
+           "on_step": on_step, **order_of(model, order)}
+    if guided:
+        return didi.guided_sample(model.net, model.disc, z, pad_id=config.pad_id, **how)
+    x, nfe = didi.sample(model.net, z, **how)
     return x, nfe, torch.zeros_like(nfe)
 
 
 def write(model, num, steps, seed=0, batch=256, **how):
     """Write num texts, `batch` at a time; `how` goes to `fill`.
 
-    Returns x (num, L), on the CPU, and {"nfe", "disc_calls", "seq_per_s"}; the first two are means.
+    Returns x (num, L), on the CPU, and {"calls", "disc_calls", "seq_per_s"}; the first two are
+    means.
     """
     net = model.net
     z = net.start(net.draw_lengths(min(num, batch)))
@@ -110,7 +117,7 @@ def write(model, num, steps, seed=0, batch=256, **how):
     seconds = time.perf_counter() - begin
 
     x, nfe, disc_calls = map(torch.cat, zip(*parts))
-    cost = {"nfe": nfe.double().mean().item(), "disc_calls": disc_calls.double().mean().item(),
+    cost = {"calls": nfe.double().mean().item(), "disc_calls": disc_calls.double().mean().item(),
             "seq_per_s": num / seconds}
     return x, cost
 

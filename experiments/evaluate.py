@@ -1,16 +1,17 @@
-"""evaluate.py - tabulate quality against the number of steps; means over seeds, and a plot.
+"""evaluate.py - tabulate quality against network calls; means over seeds, and a plot.
 
-    python -m experiments.evaluate                               # teacher, student, causal in out/
-    python -m experiments.evaluate --sweep --json out/eval.json  # at seven temperatures: long
+    python -m experiments.evaluate --json out/eval.json     # teacher, student, causal in out/
     python -m experiments.evaluate --table out/eval.json --plot out/frontier.png
 
 Real texts come first: held-out ones, then the same number of training ones, which is what a perfect
-model would get. Measures are those of data/quality.py, and judge_ppl, the perplexity per token
-under the causal model or a GPT-2. A model can look better merely by being less diverse, so quality
-is also compared at equal entropy: each model at the temperature that gives its texts the entropy of
-held-out data.
+model would get. The teacher writes in both orders of revealing, other models in their own. Measures
+are those of data/quality.py; judge_ppl, the perplexity per token under the causal model or a GPT-2;
+and nll, the few-step likelihood of held-out texts, nats per token. A model can look better merely
+by being less diverse, so models are compared at equal rare characters, entropy and nll, too: each
+at the temperature that gives it the student's.
 """
 import functools
+import itertools
 import math
 import os
 
@@ -18,33 +19,31 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+import didi
 from data import corpus, quality
 from experiments import common
 from experiments.common import means, print_head, print_row
 from model import NATURAL, add_device_flags, make_parser, run, setup
 from train_teacher import causal_nll
 
-STEPS = {"teacher": (4, 8, 16, 32, 64, 256, 1024), "student": (4, 8, 16, 32)}
-TEMPERATURES = (1.2, 1.1, 1.0, 0.9, 0.8, 0.7, 0.6)  # with --sweep, and for the teacher in 8 steps
-PENALISED = ((0.1, 0.8), (0.3, 0.6))  # frequency penalty and temperature, in 8 steps
-BEGINS = 0.6  # the temperature of the teacher that distill.py's student starts as
+STEPS = (2, 4, 8, 16)
+MORE_STEPS = (32, 256)  # of the teacher in random order
+TEMPERATURES = (1.15, 1.0, 0.9, 0.8)  # in 4 and in 8 steps, and of the causal model
 DIGITS = {
-    "nfe": 1, "disc_calls": 1, "valid": 3, "post": 3,
-    "judge_ppl": 2, "tv": 3, "js3": 3, "ks": 3,
+    "calls": 1, "disc_calls": 1, "valid": 3, "post": 3,
+    "judge_ppl": 2, "tv": 3, "js3": 3, "nll": 3, "ks": 3,
     "entropy": 3, "length": 1, "length_sd": 1,
     "distinct": 3, "novel": 3, "rare": 3,
     "returns": 3, "hints": 3, "methods": 3,
     "js1": 4, "js2": 4, "low": 3, "bigram": 3, "rep4": 3}
-GOALS = {"post": 1, "judge_ppl": -1, "tv": -1, "js3": -1}  # to compare steps; 1: more is better
-LINES = (  # of the plot: label, model, steps, style
-    ("default", "teacher", 8, "C0.:"),
-    ("default", "teacher", 32, "C0.--"),
-    ("default", "teacher", 256, "C0.-"),
-    ("default", "student", 4, "C3.:"),
-    ("default", "student", 8, "C3.-"),
-    ("sdtt", "student", 8, "C1.-"),
-    ("default", "autoregressive", None, "k.-"),
-    ("default", "held-out data", None, "g*"))
+GOALS = ("post", "judge_ppl", "tv", "js3")  # what is compared ..
+EQUAL = ("rare", "entropy", "nll")  # .. where one of these is equal
+LINES = (  # of the plot: run, model, order, colour
+    ("default", "teacher", "random", "C7"),
+    ("default", "teacher", "interlaced", "C0"),
+    ("default", "student", "interlaced", "C3"),
+    ("sdtt", "student", "interlaced", "C1"),
+    ("paper", "student", "random", "C2"))
 
 
 def parse_flags(argv=None):
@@ -58,8 +57,7 @@ def parse_flags(argv=None):
 
     add = p.add_argument_group("rows").add_argument
     add("--rows", choices=("all", "teacher", "student"), default="all", help="models to measure")
-    add("--steps", type=NATURAL, nargs="+", help="sampling steps; None: 4 to 1,024")
-    add("--sweep", action="store_true", help="all steps up to 256 at seven temperatures")
+    add("--steps", type=NATURAL, nargs="+", help="sampling steps; None: 2 to 16 or 256")
     add("--samples", type=NATURAL, default=1000, help="texts per row; fewer are mostly noise")
     add("--batch", type=NATURAL, default=256, help="texts per batch")
     add("--json", help="add the rows to this file, under --label and the training's seed")
@@ -67,7 +65,7 @@ def parse_flags(argv=None):
 
     add = p.add_argument_group("results").add_argument
     add("--table", help="measure nothing: print the tables of this file, made with --json")
-    add("--plot", help="with --table: draw quality against entropy, for runs with --sweep, as PNG")
+    add("--plot", help="with --table: draw quality against diversity, as PNG")
     add_device_flags(p)
     return p.parse_args(argv)
 
@@ -157,36 +155,46 @@ def load(args, device, bf16):
     return models, data
 
 
-def steps_of(name, args, L):
-    """Return the numbers of steps to sample a model in, a list."""
-    if name == "autoregressive":
-        return [None]
-    if args.steps is not None:
-        return args.steps
-    return [steps for steps in STEPS[name] if steps <= max(256, L)]
-
-
 def plan(args, models):
     """Return what to write, triples (row name, Model, arguments of common.write)."""
     rows = []
     for name, model in models.items():
         if args.rows not in ("all", name):
             continue
-        for steps in steps_of(name, args, model.net.config.length):
-            temperatures = (1.0,)
-            if (args.sweep and steps != 1024) or (name, steps) == ("teacher", 8):
-                temperatures = TEMPERATURES
-            for T in temperatures:
-                rows.append((name, model, {"steps": steps, "temperature": T}))
-            if model.disc is not None:
-                how = {"steps": steps, "temperature": 1.0, "guided": True}
-                rows.append((f"{name}, guided", model, how))
-
-        if name != "autoregressive":
-            for penalty, T in PENALISED:
-                how = {"steps": 8, "temperature": T, "penalty": penalty}
-                rows.append((f"{name}, penalty {penalty}", model, how))
+        orders = {"teacher": ("random", "interlaced"), "student": (model.net.config.order,),
+                  "autoregressive": (None,)}
+        for order in orders[name]:
+            steps_of_rows = args.steps or STEPS
+            if order is None:
+                steps_of_rows = (None,)
+            elif (name, order, args.steps) == ("teacher", "random", None):
+                steps_of_rows = STEPS + MORE_STEPS
+            for steps in steps_of_rows:
+                temperatures = (1.0,)
+                if steps in (4, 8, None):
+                    temperatures = TEMPERATURES
+                how = {"steps": steps, "order": order}
+                rows += [(name, model, how | {"temperature": T}) for T in temperatures]
+                if model.disc is not None and steps in (4, 8):
+                    rows.append((f"{name}, guided", model, how | {"guided": True}))
     return rows
+
+
+@torch.no_grad()
+def few_step_nll(model, x, batch, steps, order=None, temperature=1.0):
+    """Return the few-step likelihood of x (N, L) in `steps` steps, nats per text token."""
+    net = model.net
+
+    def denoiser(z, where):
+        return net(z, where) / temperature
+
+    how = common.order_of(model, order) | {"pad_id": net.config.pad_id}
+    torch.manual_seed(0)
+    nats = 0.0
+    for part in x.split(batch):
+        part = part.to(net.lengths.device)
+        nats += didi.few_step_nll(denoiser, part, steps, net.config.mask_id, **how).sum().item()
+    return nats / (x != net.config.pad_id).sum().item()
 
 
 def measure(about, x, data, judge):
@@ -214,15 +222,18 @@ def measure_all(args, models, data, judge):
         measure({"row": "held-out data"}, held_out, data, judge),
         measure({"row": "training data"}, training, data, judge)]
 
-    columns = measured(rows) | {"nfe": 1, "disc_calls": 1, "seq_per_s": 1}
-    print_head("row", "steps", "T", *columns)
+    columns = measured(rows) | {"nll": 3, "calls": 1, "disc_calls": 1, "seq_per_s": 1}
+    print_head("row", "order", "steps", "T", *columns)
     for row in rows:
         print_row(*key(row), *means([row], columns))
 
     for name, model, how in plan(args, models):
-        x, cost = common.write(model, args.samples, seed=args.seed, batch=args.batch, **how)
-        cost |= {"row": name, "steps": how["steps"], "T": how["temperature"]}
-        row = measure(cost, x, data, judge)
+        x, about = common.write(model, args.samples, seed=args.seed, batch=args.batch, **how)
+        if how["steps"] is not None and "guided" not in name:
+            about["nll"] = few_step_nll(model, held_out[:400], args.batch, **how)
+        about |= {"row": name, "order": how["order"], "steps": how["steps"]}
+        about["T"] = how.get("temperature", 1.0)
+        row = measure(about, x, data, judge)
         rows.append(row)
         print_row(*key(row), *means([row], columns))
     return rows
@@ -230,8 +241,8 @@ def measure_all(args, models, data, judge):
 
 # -------------------------------------------------------------------- comparing the rows of a run
 def key(row):
-    """Return what identifies a row: (name, steps, temperature), None where it has none."""
-    return row["row"], row.get("steps"), row.get("T")
+    """Return what identifies a row: (name, order, steps, temperature), None where it has none."""
+    return row["row"], row.get("order"), row.get("steps"), row.get("T")
 
 
 def measured(rows, names=DIGITS):
@@ -240,59 +251,27 @@ def measured(rows, names=DIGITS):
     return {name: DIGITS[name] for name in names if name in found}
 
 
-def at_one(rows, name, steps, column, T=1):
-    """Return `column` of a model in `steps` steps at temperature T; NaN if not measured."""
+def at_one(rows, name, order, steps, column):
+    """Return `column` of a model at temperature 1; NaN if not measured."""
     for row in rows:
-        if key(row) == (name, steps, T):
+        if key(row) == (name, order, steps, 1):
             return row.get(column, math.nan)
     return math.nan
 
 
-def by_entropy(rows, name, steps, column):
-    """Return sorted pairs (entropy, `column`), one per temperature, of a model in `steps` steps."""
-    pairs = [(row["entropy"], row[column]) for row in rows
-             if key(row)[:2] == (name, steps) and column in row]
-    return sorted(pairs)
+def curve(rows, name, order, steps, x, column):
+    """Return sorted pairs (x, column), names of measures, one per temperature of a model."""
+    return sorted((row[x], row[column]) for row in rows
+                  if key(row)[:3] == (name, order, steps) and x in row and column in row)
 
 
-def at_data(rows, name, steps, column):
-    """Return `column` of a model in `steps` steps at the entropy of held-out data: linear between
-    the measured temperatures, NaN outside them."""
-    pairs = by_entropy(rows, name, steps, column)
+def at_equal(rows, name, order, steps, x, goal, column):
+    """Return `column` of a model at the temperature where its measure x is `goal`: linear between
+    those measured, NaN outside them."""
+    pairs = curve(rows, name, order, steps, x, column)
     if not pairs:
         return math.nan
-    entropy = at_one(rows, "held-out data", None, "entropy", None)
-    return float(np.interp(entropy, *zip(*pairs), left=math.nan, right=math.nan))
-
-
-def untrained(rows, name, steps, column):
-    """Return `at_one`, but for the teacher at BEGINS instead of the student: a control."""
-    if name == "student":
-        return at_one(rows, "teacher", steps, column, BEGINS)
-    return at_one(rows, name, steps, column)
-
-
-def steps_to_match(rows, column, student_steps, value=at_one):
-    """Return how many steps the teacher needs for the student's `column` in `student_steps`.
-
-    value(rows, name, steps, column) is `at_one`, `at_data` or `untrained`. Linear in log steps. The
-    fewest steps measured mean those or fewer; inf: more than the most; NaN: unknown.
-    """
-    sign = GOALS[column]  # so that more is better
-    goal = sign * value(rows, "student", student_steps, column)
-    steps = sorted({row["steps"] for row in rows if row["row"] == "teacher"})
-    values = [sign * value(rows, "teacher", n, column) for n in steps]
-
-    for k, reached in enumerate(values):
-        if reached >= goal:
-            if k == 0:
-                return steps[0]
-            below = values[k - 1]
-            way = (goal - below) / (reached - below)
-            return steps[k - 1] * (steps[k] / steps[k - 1]) ** way
-    if not values or math.isnan(goal + values[-1]):
-        return math.nan
-    return math.inf
+    return float(np.interp(goal, *zip(*pairs), left=math.nan, right=math.nan))
 
 
 # --------------------------------------------------------------------------------------- the tables
@@ -306,75 +285,73 @@ def all_rows(results):
 
 
 def print_means(results):
-    """Print mean +- standard deviation over seeds of each row; of a sweep, T 1 and the controls."""
+    """Print mean +- standard deviation over seeds of each row."""
     columns = measured(all_rows(results))
-    print_head("run", "seeds", "row", "steps", "T", *columns)
+    print_head("run", "seeds", "row", "order", "steps", "T", *columns)
     for label, runs in results.items():
         groups = {}  # rows of different seeds belong together if their keys are the same
         for run in runs.values():
             for row in run["rows"]:
                 groups.setdefault(key(row), []).append(row)
-
-        for (name, steps, T), rows in groups.items():
-            control = "penalty" in name or (name, steps) == ("teacher", 8)
-            if control or T in (None, 1):
-                print_row(label, len(rows), name, steps, T, *means(rows, columns))
+        for about, rows in groups.items():
+            print_row(label, len(rows), *about, *means(rows, columns))
 
 
-def print_worth(results):
-    """Print how many teacher steps match the student's, by each measure."""
-    print("\nTeacher steps that match the student's, both at temperature 1 (by seed; inf: more "
-          "than were measured),\nor both at the entropy of held-out data; untrained: "
-          f"that match the teacher's own at temperature {BEGINS}:\n")
-    pairs = [(name, steps) for steps in (4, 8, 16) for name in GOALS]
-    print_head("run", *[f"{name} @{steps}" for name, steps in pairs])
-
-    ways = {"": at_one, ", equal entropy": at_data, ", untrained": untrained}
-    for label, runs in results.items():
-        for way, value in ways.items():
-            cells = []
-            for name, steps in pairs:
-                worth = [steps_to_match(run["rows"], name, steps, value) for run in runs.values()]
-                cells.append(" ".join(f"{n:.0f}" for n in worth))
-            if set(" ".join(cells).split()) != {"nan"}:
-                print_row(label + way, *cells)
+def students_order(rows):
+    """Return the order in which a run's student writes, or None without a student."""
+    for row in rows:
+        if row["row"] == "student":
+            return row.get("order")
+    return None
 
 
-def print_equal_entropy(results):
-    """Print each model whose temperatures reach the entropy of held-out data, at that entropy."""
-    print("\nAt the entropy of held-out data (seeds: those that reach it):\n")
+def equal_row(rows, model, order, steps, x, columns):
+    """Return {column: value} of the student, or of the teacher where its measure x is the
+    student's."""
+    student = ("student", students_order(rows), steps)
+    if model == "student":
+        return {column: at_one(rows, *student, column) for column in columns}
+    goal = at_one(rows, *student, x)
+    return {column: at_equal(rows, model, order, steps, x, goal, column) for column in columns}
+
+
+def print_equal(results):
+    """Print the student at temperature 1, and the teacher in both orders at the temperatures that
+    give it the student's rare characters, entropy or nll."""
     columns = measured(all_rows(results), GOALS)
-    print_head("run", "seeds", "model", "steps", *columns)
-
-    for label, runs in results.items():
-        models = dict.fromkeys(key(row)[:2] for row in all_rows({label: runs}))
-        for name, steps in models:
-            rows = []
-            for run in runs.values():
-                row = {column: at_data(run["rows"], name, steps, column) for column in columns}
-                if any(map(math.isfinite, row.values())):
-                    rows.append(row)
-            if rows:
-                print_row(label, len(rows), name, steps, *means(rows, columns))
+    print("\nThe teacher where one of its measures equals the student's (seeds: those that reach "
+          "it):\n")
+    print_head("run", "seeds", "steps", "model", "order", "equal", *columns)
+    compared = [("student", None, None), *itertools.product(
+        ("teacher",), ("random", "interlaced"), EQUAL)]
+    for label, steps, about in itertools.product(results, (4, 8), compared):
+        rows = []
+        for run in results[label].values():
+            row = equal_row(run["rows"], about[0], about[1], steps, about[2], columns)
+            if any(map(math.isfinite, row.values())):
+                rows.append(row)
+        if rows:
+            print_row(label, len(rows), steps, *about, *means(rows, columns))
 
 
 # ----------------------------------------------------------------------------------------- the plot
 def plot(results, path):
-    """Draw quality against entropy, each of LINES through its temperatures, to a file."""
+    """Draw quality against diversity, each of LINES through its temperatures, to a file."""
     from matplotlib.figure import Figure  # optional: pip install matplotlib
 
-    columns = measured(all_rows(results), GOALS)
-    figure = Figure(figsize=(5 * len(columns), 4.5), layout="constrained")
-    axes = figure.subplots(1, len(columns), squeeze=False)[0]
-    for ax, column in zip(axes, columns):
-        for label, name, steps, style in LINES:
-            for run in results.get(label, {}).values():
-                pairs = by_entropy(run["rows"], name, steps, column)
-                if pairs:
-                    text = f"{label}: {name}, {steps}".removesuffix(", None")
-                    ax.plot(*zip(*pairs), style, label=text)
-        ax.set(xlabel="unigram entropy within a text, nats", ylabel=column)
-    axes[-1].legend(title="run: model, steps", fontsize=8)
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    axes = figure.subplots(2, 2)
+    for row, column in zip(axes, ("post", "judge_ppl")):
+        for ax, x in zip(row, ("rare", "nll")):
+            for label, name, order, colour in LINES:
+                for steps, style in ((4, ":"), (8, "-")):
+                    for run in results.get(label, {}).values():
+                        pairs = curve(run["rows"], name, order, steps, x, column)
+                        if pairs:
+                            ax.plot(*zip(*pairs), style, color=colour,
+                                    label=f"{label}: {name}, {order}, {steps}")
+            ax.set(xlabel=x, ylabel=column)
+    axes[0, 0].legend(fontsize=7)
     figure.savefig(path, dpi=110)
 
 
@@ -384,8 +361,7 @@ def print_tables(path, plot_path):
     if not all_rows(results):
         raise ValueError(f"{path} has no rows of an evaluation: make it with --json")
     print_means(results)
-    print_worth(results)
-    print_equal_entropy(results)
+    print_equal(results)
     if plot_path is not None:
         plot(results, plot_path)
 
@@ -412,8 +388,7 @@ def main(argv=None):
               "flags": vars(args)}
     if args.json is not None:
         common.add_run(args.json, args.label, seed, result)
-    print_worth({args.label: {seed: result}})
-    print_equal_entropy({args.label: {seed: result}})
+    print_equal({args.label: {seed: result}})
     return 0
 
 

@@ -102,7 +102,7 @@ text() {
         python sample.py $device --model $out/$model.pt --steps 8 --num 3
     done > $results/gpu_samples.txt
     python sample.py $device --model $out/text.pt --steps 256 --num 3 >> $results/gpu_samples.txt
-    python -m experiments.evaluate $device $models --sweep --samples $samples \
+    python -m experiments.evaluate $device $models --samples $samples \
         --json $results/gpu_text.json --label text
     python -m experiments.evaluate --table $results/gpu_text.json | tee $results/gpu_text.txt
     python -m experiments.bench $device models $models --json $results/gpu_bench.json --label models

@@ -72,15 +72,7 @@ others() {
     done
 }
 
-# Measure quality against entropy, seed 0: all steps up to 256 at seven temperatures. 45 minutes.
-sweep() {
-    python -m experiments.evaluate --sweep --teacher out/0/teacher.pt --causal out/0/causal.pt \
-        --student out/0/default.pt --json $results/sweep.json --label default
-    python -m experiments.evaluate --sweep --rows student --teacher out/0/teacher.pt \
-        --causal out/0/causal.pt --student out/0/sdtt.pt --json $results/sweep.json --label sdtt
-}
-
-# Measure each component, 29 rows from 27 runs. $1: one seed, or three. 90 minutes each.
+# Measure each component, 25 rows from 23 runs. $1: one seed, or three. 90 minutes each.
 ablation() {
     OMP_NUM_THREADS=1 python -m experiments.ablate $results/ablation.json --seeds ${1:-0 1 2} \
         --causal out/0/causal.pt
@@ -105,15 +97,15 @@ speed() {
 signatures() {
     few_steps
     others
-    sweep
     ablation
     speed
     # the front page: samples, the figure, the animation
-    python sample.py --model out/0/teacher.pt --steps 8 --num 8 > $results/samples.txt
-    python sample.py --model out/0/default.pt --steps 8 --num 8 >> $results/samples.txt
+    for model in teacher default; do
+        python sample.py --model out/0/$model.pt --steps 4 --num 8
+    done > $results/samples.txt
     log_means out/[0-4]/teacher.jsonl out/[0-4]/default.jsonl out/[012]/sdtt.jsonl \
         out/[012]/paper.jsonl > $results/logs.txt
-    python -m experiments.evaluate --table $results/sweep.json --plot $results/frontier.png
+    python -m experiments.evaluate --table $results/nano.json --plot $results/frontier.png
     python -m experiments.animate $results/writing.gif --student out/0/default.pt \
         --teacher out/0/teacher.pt --causal out/0/causal.pt
 }
@@ -128,7 +120,7 @@ text() {
     python train_teacher.py $how --minutes 30 --out out/text/teacher.pt
     python train_teacher.py $how --minutes 12 --causal --out out/text/causal.pt
     python distill.py --teacher out/text/teacher.pt --out out/text/student.pt
-    python -m experiments.evaluate --sweep --samples 256 --batch 128 $models \
+    python -m experiments.evaluate --samples 256 --batch 128 $models \
         --student out/text/student.pt --json $results/text_cpu.json --label wikinews
     for model in teacher student; do
         python sample.py --model out/text/$model.pt --steps 8 --num 5
@@ -180,7 +172,7 @@ first_run() {
 }
 
 case $1 in
-    signatures | few_steps | others | sweep | ablation | speed) "$@" ;;
+    signatures | few_steps | others | ablation | speed) "$@" ;;
     text | proteins | first_run) "$@" ;;
     *) sed -n '2,/^set -e/s/^# \{0,1\}//p' experiments/reproduce.sh ;;
 esac

@@ -26,8 +26,8 @@ def parse_flags(argv=None):
     add("--teacher", default="out/teacher.pt", help="checkpoint of train_teacher.py")
     add("--data", help="corpus folder; None: the teacher's")
     add("--rounds", type=NATURAL, nargs="+", default=(32, 16, 8, 4), help="sampling steps by round")
-    add("--updates", type=NATURAL, default=240, help="updates per round")
-    add("--batch", type=NATURAL, default=128, help="B, sequences per update")
+    add("--updates", type=NATURAL, default=120, help="updates per round")
+    add("--batch", type=NATURAL, default=64, help="B, sequences per update")
     add("--lr", type=POSITIVE, default=1e-3, help="falls to a tenth; high, since supervised")
     add("--ema", type=FRACTION, default=0.97, help="decay of the weight average that is sampled")
     add("--out", default="out/sdtt.pt", help="checkpoint, written at the end; its log is a .jsonl")
@@ -36,17 +36,17 @@ def parse_flags(argv=None):
 
 
 @torch.no_grad()
-def sdtt_target(teacher, z_t, t, dt, mask_id):
-    """Return what two teacher steps t -> t - dt/2 -> t - dt predict, to be matched in one step.
+def sdtt_target(teacher, z_t, a, s, mask_id):
+    """Return what two teacher steps predict, t -> s and s -> 2s - t, to be matched in one step.
 
-    z_t is (B, L), t and dt <= t (B,). The result is log_p_x (n, V) at the n masks of z_t: from the
-    first step where it reveals the token, else from the second. The mean over paths is a
-    consistent teacher's one-step prediction, so only a mode-seeking KL, the reverse one, gains
-    anything.
+    z_t and its reveal times a are (B, L), s is (B, 1). The result is log_p_x (n, V) at the n masks
+    of z_t: from the first step where it reveals the token, else from the second. The mean over
+    paths is a consistent teacher's one-step prediction, so only a mode-seeking KL, the reverse
+    one, gains anything.
     """
     where = z_t == mask_id
     target = didi.predict(teacher, z_t, where)  # (n, V)
-    reveal = didi.reveal_positions(z_t, t, t - dt / 2, mask_id)
+    reveal = where & (a >= s)
     token = didi.draw(target[reveal[where]])
     z = z_t.masked_scatter(reveal, token)
 
@@ -55,9 +55,9 @@ def sdtt_target(teacher, z_t, t, dt, mask_id):
     return target
 
 
-def sdtt_loss(student, teacher, z_t, t, dt, mask_id):
+def sdtt_loss(student, teacher, z_t, a, s, mask_id):
     """Return the reverse KL to `sdtt_target`, nats, the mean over the masks of z_t (B, L)."""
-    target = sdtt_target(teacher, z_t, t, dt, mask_id)
+    target = sdtt_target(teacher, z_t, a, s, mask_id)
     log_p_x = didi.predict(student, z_t, z_t == mask_id)  # (n, V)
     return didi.kl(log_p_x, target).mean()
 
@@ -67,8 +67,7 @@ def main(argv=None):
     device, bf16 = setup(args)
     teacher, data = load_teacher(args, device, bf16)
     check_output(args.out, "student", args.data)
-    mask_id = teacher.config.mask_id
-    pad_id = teacher.config.pad_id
+    config = teacher.config
     average = copy.deepcopy(teacher)
     total = len(args.rounds) * args.updates
     torch.manual_seed(args.seed)
@@ -83,11 +82,13 @@ def main(argv=None):
             student = copy.deepcopy(teacher).requires_grad_(True)
             opt = torch.optim.AdamW(student.parameters(), args.lr, (0.9, 0.99), weight_decay=0.0)
 
-        x = data.batch(args.batch, teacher.config.length, device)  # (B, L)
+        x = data.batch(args.batch, config.length, device)  # (B, L)
         t = didi.low_discrepancy_times(args.batch, device)  # (B,)
-        z_t = didi.forward_mask(x, t, mask_id, pad_id)
+        t = didi.column(t, x)  # (B, 1)
+        a = didi.reveal_times(x, config.order)  # (B, L)
+        z_t = x.masked_fill((a < t) & (x != config.pad_id), config.mask_id)
         dt = t.clamp(max=1 / steps)
-        kl = sdtt_loss(student, teacher, z_t, t, dt, mask_id)
+        kl = sdtt_loss(student, teacher, z_t, a, t - dt / 2, config.mask_id)
 
         kl.backward()
         lr = args.lr * (1 - 0.9 * step / total)
@@ -99,7 +100,7 @@ def main(argv=None):
     bar.close()
 
     nets = {"model": student, "ema": average}
-    save(args.out, rows, nets, kind="student", config=vars(teacher.config),
+    save(args.out, rows, nets, kind="student", config=vars(config),
          tokenizer=data.tokenizer, flags=vars(args), step=total, seconds=seconds)
 
 

@@ -17,37 +17,34 @@ L = 24
 D = 32
 H = 4
 BLOCKS = 2
+CONFIG = model.Config(257, L, BLOCKS, H, D, framed=True)
 QKV = "blocks.1.attn_qkv.weight"
 
 
 # -------------------------------------------------------------- MDLM, written from its description
 def make_state(V=257):
     """Return random tensors in MDLM's layout, {name: float64}; shifts, scales, gates of order 1."""
+    layers = {
+        "sigma_map.mlp.0": (128, 256),
+        "sigma_map.mlp.2": (128, 128),
+        "output_layer.linear": (V + 1, D),
+        "output_layer.adaLN_modulation": (2 * D, 128)}
     shapes = {
         "vocab_embed.embedding": (V + 1, D),
-        "sigma_map.mlp.0.weight": (128, 256),
-        "sigma_map.mlp.0.bias": (128,),
-        "sigma_map.mlp.2.weight": (128, 128),
-        "sigma_map.mlp.2.bias": (128,),
-        "output_layer.norm_final.weight": (D,),
-        "output_layer.linear.weight": (V + 1, D),
-        "output_layer.linear.bias": (V + 1,),
-        "output_layer.adaLN_modulation.weight": (2 * D, 128),
-        "output_layer.adaLN_modulation.bias": (2 * D,),
-    }
+        "output_layer.norm_final.weight": (D,)}
     for i in range(BLOCKS):
+        layers |= {
+            f"blocks.{i}.mlp.0": (4 * D, D),
+            f"blocks.{i}.mlp.2": (D, 4 * D),
+            f"blocks.{i}.adaLN_modulation": (6 * D, 128)}
         shapes |= {
             f"blocks.{i}.norm1.weight": (D,),
-            f"blocks.{i}.attn_qkv.weight": (3 * D, D),
-            f"blocks.{i}.attn_out.weight": (D, D),
             f"blocks.{i}.norm2.weight": (D,),
-            f"blocks.{i}.mlp.0.weight": (4 * D, D),
-            f"blocks.{i}.mlp.0.bias": (4 * D,),
-            f"blocks.{i}.mlp.2.weight": (D, 4 * D),
-            f"blocks.{i}.mlp.2.bias": (D,),
-            f"blocks.{i}.adaLN_modulation.weight": (6 * D, 128),
-            f"blocks.{i}.adaLN_modulation.bias": (6 * D,),
-        }
+            f"blocks.{i}.attn_qkv.weight": (3 * D, D),
+            f"blocks.{i}.attn_out.weight": (D, D)}
+    for name, shape in layers.items():
+        shapes[f"{name}.weight"] = shape
+        shapes[f"{name}.bias"] = shape[:1]
 
     torch.manual_seed(0)
     state = {"rotary_emb.inv_freq": frequencies()}
@@ -142,7 +139,7 @@ def describe(**changes):
 
 def load(ours):
     """Return our Denoiser with these tensors."""
-    net = model.Denoiser(model.Config(257, L, BLOCKS, H, D, framed=True))
+    net = model.Denoiser(CONFIG)
     net.load_state_dict(ours | {"lengths": net.lengths})
     return net.requires_grad_(False)
 
@@ -187,7 +184,7 @@ def test_the_import_makes_a_teacher():
 
     checkpoint, net = model.load("out/teacher.pt", "teacher")
     assert compare(net, state) < 1e-4
-    assert net.config == model.Config(257, L, BLOCKS, H, D, framed=True)
+    assert net.config == CONFIG
     assert checkpoint["tokenizer"] == "bytes"
     assert checkpoint["flags"] == {"data": "corpus", "seed": 0}
 
@@ -208,8 +205,8 @@ def test_a_teacher_unfolds_into_a_file_that_imports_as_the_same():
     write(make_state())
     mdlm.main(["model.safetensors"])
 
-    mdlm.main(["out/teacher.pt", "--unfold", "new/model.safetensors"])
-    mdlm.main(["new/model.safetensors", "--out", "again.pt"])
+    mdlm.main("out/teacher.pt --unfold new/model.safetensors".split())
+    mdlm.main("new/model.safetensors --out again.pt".split())
 
     first, _ = model.load("out/teacher.pt", "teacher")
     again, _ = model.load("again.pt", "teacher")
