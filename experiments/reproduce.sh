@@ -23,7 +23,7 @@ need() {
     fi
 }
 
-# Print the minutes of each training, the means of its log's last 280 rows, and its last table.
+# Print the minutes of each training, the means of its log's last 180 rows, and its last table.
 log_means() {
     python - "$@" <<'EOF'
 import json
@@ -31,7 +31,7 @@ import sys
 for path in sys.argv[1:]:
     with open(path) as f:
         log = [json.loads(line) for line in f]
-    rows = [row for row in log if "seconds" in row][-280:]  # the others are tables
+    rows = [row for row in log if "seconds" in row][-180:]  # the others are tables
     names = [name for name in rows[-1] if name not in ("step", "seconds")]
     means = {name: round(sum(row[name] for row in rows) / len(rows), 3) for name in names}
     print(f"{path}: {rows[-1]['seconds'] / 60:.1f} minutes; last {len(rows)} rows: {means}")
