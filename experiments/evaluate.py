@@ -7,8 +7,8 @@ Real texts come first: held-out ones, then the same number of training ones, whi
 model would get. The teacher writes in both orders of revealing, other models in their own. Measures
 are those of data/quality.py; judge_ppl, the perplexity per token under the causal model or a GPT-2;
 and nll, the few-step likelihood of held-out texts, nats per token. A model can look better merely
-by being less diverse, so models are compared at equal rare characters, entropy and nll, too: each
-at the temperature that gives it the student's.
+by being less diverse, so models are compared at equal rare characters and entropy, too: each at
+the temperature that gives it the student's.
 """
 import functools
 import itertools
@@ -37,7 +37,7 @@ DIGITS = {
     "returns": 3, "hints": 3, "methods": 3,
     "js1": 4, "js2": 4, "low": 3, "bigram": 3, "rep4": 3}
 GOALS = ("post", "judge_ppl", "tv", "js3")  # what is compared ..
-EQUAL = ("rare", "entropy", "nll")  # .. where one of these is equal
+EQUAL = ("rare", "entropy")  # .. where one of these is equal
 LINES = (  # of the plot: run, model, order, colour
     ("default", "teacher", "random", "C7"),
     ("default", "teacher", "interlaced", "C0"),
@@ -260,15 +260,17 @@ def at_one(rows, name, order, steps, column):
 
 
 def curve(rows, name, order, steps, x, column):
-    """Return sorted pairs (x, column), names of measures, one per temperature of a model."""
-    return sorted((row[x], row[column]) for row in rows
-                  if key(row)[:3] == (name, order, steps) and x in row and column in row)
+    """Return pairs (x, column), names of measures, by falling temperature of a model."""
+    found = [row for row in rows
+             if key(row)[:3] == (name, order, steps) and x in row and column in row]
+    found.sort(key=lambda row: -row["T"])
+    return [(row[x], row[column]) for row in found]
 
 
 def at_equal(rows, name, order, steps, x, goal, column):
     """Return `column` of a model at the temperature where its measure x is `goal`: linear between
     those measured, NaN outside them."""
-    pairs = curve(rows, name, order, steps, x, column)
+    pairs = sorted(curve(rows, name, order, steps, x, column))
     if not pairs:
         return math.nan
     return float(np.interp(goal, *zip(*pairs), left=math.nan, right=math.nan))
@@ -317,7 +319,7 @@ def equal_row(rows, model, order, steps, x, columns):
 
 def print_equal(results):
     """Print the student at temperature 1, and the teacher in both orders at the temperatures that
-    give it the student's rare characters, entropy or nll."""
+    give it the student's rare characters or entropy."""
     columns = measured(all_rows(results), GOALS)
     print("\nThe teacher where one of its measures equals the student's (seeds: those that reach "
           "it):\n")
@@ -345,13 +347,14 @@ def plot(results, path):
         for ax, x in zip(row, ("rare", "nll")):
             for label, name, order, colour in LINES:
                 for steps, style in ((4, ":"), (8, "-")):
+                    text = f"{label}: {name}, {order}, {steps}"
                     for run in results.get(label, {}).values():
                         pairs = curve(run["rows"], name, order, steps, x, column)
                         if pairs:
-                            ax.plot(*zip(*pairs), style, color=colour,
-                                    label=f"{label}: {name}, {order}, {steps}")
+                            ax.plot(*zip(*pairs), style, marker=".", color=colour, label=text)
+                            text = None  # once, not for each seed
             ax.set(xlabel=x, ylabel=column)
-    axes[0, 0].legend(fontsize=7)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     figure.savefig(path, dpi=110)
 
 

@@ -7,7 +7,7 @@
 #     bash experiments/reproduce.sh first_run                        # 8 minutes
 #
 # Everything is written to out/results first, so that the files in git stay whole until it is done:
-# then copy the files to experiments/results/, frontier.png and writing.gif to assets/. Pictures
+# then copy the files to experiments/results/, frontier.png and orders.png to assets/. Pictures
 # need `pip install matplotlib`. After Ctrl-C the ablation resumes; the rest starts again. If
 # something else keeps a core busy, set OMP_NUM_THREADS=1.
 set -e
@@ -106,6 +106,7 @@ signatures() {
     log_means out/[0-4]/teacher.jsonl out/[0-4]/default.jsonl out/[012]/sdtt.jsonl \
         out/[012]/paper.jsonl > $results/logs.txt
     python -m experiments.evaluate --table $results/nano.json --plot $results/frontier.png
+    python -m experiments.animate $results/orders.png
     python -m experiments.animate $results/writing.gif --student out/0/default.pt \
         --teacher out/0/teacher.pt --causal out/0/causal.pt
 }
