@@ -138,8 +138,8 @@ def ancestral_step(denoiser, z, a, s, mask_id, temperature=1.0, choose=None):
     Returns z_s (B, L) and called (B,) bool: the rows that reveal a token, for which the denoiser
     runs. choose(z, where, log_p_x (n, V)) -> z_s, for those rows alone, replaces the independent
     draws. A position that is masked at time t is revealed with chance (t - s)/t; in random order
-    this is the model's exact reverse step. The usual categorical over V + 1 outcomes has the same law, but truncates
-    small probabilities in float32 (arXiv 2409.02908).
+    this is the model's exact reverse step. The usual categorical over V + 1 outcomes has the same
+    law, but truncates small probabilities in float32 (arXiv 2409.02908).
     """
     reveal = (z == mask_id) & (a >= s)
     called = reveal.any(dim=1)  # (B,)

@@ -188,7 +188,7 @@ def main(argv=None):
                 x, log_prob, states = didi.rollout(
                     student, z_1, levels, mask_id, args.order, keep_states=regularised)
 
-            # 2. Mask x again, at tau (coupled time) or at a level of its own; a reference at the same
+            # 2. Mask x again, at tau (coupled time) or at its own level; a reference at the same
             w = torch.ones(groups, device=device)
             if args.coupled:
                 level = tau

@@ -126,8 +126,9 @@ def bound_and_loss(model, x, order="random"):
 
 @torch.no_grad()
 def validate(net, data, device, passes):
-    """Return measures of held-out text and of samples, with fixed random numbers. The bound includes
-    the text's length, nll@N does not.
+    """Return measures of held-out text and of samples, with fixed random numbers.
+
+    The bound includes the text's length, nll@N does not.
 
     passes is the number of sequences that passed the network since the last table. If they are few,
     fewer are measured, so that a table takes at most a tenth of the time.
