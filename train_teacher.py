@@ -90,12 +90,14 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, matrices, lr):
         super().__init__(matrices, {"lr": lr})
+        for p in matrices:
+            self.state[p]["momentum"] = torch.zeros_like(p)
 
     @torch.no_grad()
     def step(self):
         group, = self.param_groups
         for p in group["params"]:
-            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            momentum = self.state[p]["momentum"]
             momentum.lerp_(p.grad, 0.05)
             direction = orthogonalise(p.grad.lerp(momentum, 0.95))
             scale = 0.2 * max(p.shape) ** 0.5  # makes the direction's root mean square 0.2
@@ -184,7 +186,8 @@ def main(argv=None):
     average = copy.deepcopy(model)
 
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
-    rest = [p for p in model.parameters() if p not in set(matrices)]
+    in_matrices = set(matrices)
+    rest = [p for p in model.parameters() if p not in in_matrices]
     muon = Muon(matrices, args.lr)
     adamw = torch.optim.AdamW(rest, args.lr, (0.9, 0.98), weight_decay=0.0, fused=True)
     nets = {"model": model, "ema": average, "muon": muon, "adamw": adamw}

@@ -15,7 +15,7 @@ import sys
 import distill
 from data import corpus, quality
 from experiments import common
-from experiments.evaluate import DIGITS, causal_judge, few_step_nll
+from experiments.evaluate import DIGITS, causal_judge, nll_per_token
 from model import COUNT, NATURAL, add_device_flags, make_parser, run, setup
 
 # flags of distill.py; adjacent rows that differ only in the sampler share a run
@@ -88,7 +88,7 @@ def measure(args, guided, judge, device, bf16):
     for steps in STEPS:
         x, _ = common.write(model, args.num, steps, args.seed, guided=guided)
         measures = quality.quality(x, data)
-        measures["nll"] = few_step_nll(model, held_out, 256, steps)
+        measures["nll"] = nll_per_token(model, held_out, 256, steps)
         if judge is not None:
             measures["judge_ppl"] = causal_judge(x, judge, 256)
         row |= {f"{name}@{steps}": measures[name] for name in KEPT if name in measures}

@@ -65,20 +65,6 @@ def order_of(model, order=None):
     return {"order": order, "exponent": EXPONENTS[order]}
 
 
-def penalised(net, strength):
-    """Return the denoiser with a frequency penalty, a control that needs no training: a token's
-    logit is lowered by `strength` for each time that it is visible."""
-    mask_id = net.config.mask_id
-
-    def denoiser(z, where):
-        counts = torch.zeros(len(z), mask_id + 1, device=z.device)
-        counts.scatter_add_(1, z, torch.ones_like(z, dtype=torch.float32))  # (B, V + 1)
-        logits = net(z, where)  # (n, V)
-        text = where.nonzero()[:, 0]  # (n,)
-        return logits - strength * counts[text, :logits.shape[1]]
-    return denoiser
-
-
 def fill(model, z, steps, temperature=1.0, order=None, guided=False, on_step=None):
     """Fill the masks of z (B, L) in `steps` steps, or token by token if the model is causal.
 

@@ -181,7 +181,7 @@ def plan(args, models):
 
 
 @torch.no_grad()
-def few_step_nll(model, x, batch, steps, order=None, temperature=1.0):
+def nll_per_token(model, x, batch, steps, order=None, temperature=1.0):
     """Return the few-step likelihood of x (N, L) in `steps` steps, nats per text token."""
     net = model.net
 
@@ -230,7 +230,7 @@ def measure_all(args, models, data, judge):
     for name, model, how in plan(args, models):
         x, about = common.write(model, args.samples, seed=args.seed, batch=args.batch, **how)
         if how["steps"] is not None and "guided" not in name:
-            about["nll"] = few_step_nll(model, held_out[:400], args.batch, **how)
+            about["nll"] = nll_per_token(model, held_out[:400], args.batch, **how)
         about |= {"row": name, "order": how["order"], "steps": how["steps"]}
         about["T"] = how.get("temperature", 1.0)
         row = measure(about, x, data, judge)

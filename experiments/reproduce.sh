@@ -72,7 +72,7 @@ others() {
     done
 }
 
-# Measure each component, 25 rows from 23 runs. $1: one seed, or three. 90 minutes each.
+# Measure each component, 27 rows from 25 runs. $1: one seed, or three. 90 minutes each.
 ablation() {
     OMP_NUM_THREADS=1 python -m experiments.ablate $results/ablation.json --seeds ${1:-0 1 2} \
         --causal out/0/causal.pt

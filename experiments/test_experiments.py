@@ -338,7 +338,7 @@ def test_the_few_step_likelihood_of_a_temperature(folder, T):
     model = load("teacher")
     x = corpus.load("corpus").held_out(3, L)
 
-    nll = evaluate.few_step_nll(model, x, 2, steps=1, temperature=T)
+    nll = evaluate.nll_per_token(model, x, 2, steps=1, temperature=T)
 
     text = x != model.net.config.pad_id
     logits = model.net(model.net.start(text.sum(1))) / T
