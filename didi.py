@@ -5,10 +5,11 @@ denoiser learns to fill the masks in. Sampling starts from all masks and reveals
 Tokens revealed in one step are drawn independently, so few steps give incoherent text.
 
 DiDi-Instruct trains a few-step *student* whose samples, masked again, are distributed like a
-masked reference: it minimises the integral over t of w(t) KL(q_student(z_t) || q_reference(z_t)).
-Text is discrete, so the gradient is a policy gradient; its reward, the log density ratio, comes
-from a discriminator. The reward is always maximised: label 1 stands for the reference, so the
-logit estimates r(z_t) = log q_reference(z_t) - log q_student(z_t), and the student ascends r.
+masked reference. The paper minimises the integral over t of w(t) KL(q_student(z_t) ||
+q_reference(z_t)); `ratio_power` gives other divergences. Text is discrete, so the gradient is a
+policy gradient, whose reward comes from a discriminator. Label 1 stands for the reference: at every
+position the best logit is r(z_t) = log q_reference(z_t) - log q_student(z_t) of the whole z_t, and
+the student ascends r or a function of it.
 
 x            clean token ids (B, L)
 z_t          x masked at level t (B, L)
@@ -33,15 +34,9 @@ import torch.nn.functional as F
 
 
 # ----------------------------------------------------------------------- masked diffusion (MDLM)
-def alpha(t):
-    """Return the probability that a token is still visible at time t: the log-linear schedule."""
-    return 1 - t
-
-
 def column(t, z):
     """Return the time t, a float or (B,), as (1, 1) or (B, 1), to broadcast against z (B, L)."""
-    t = torch.as_tensor(t, dtype=torch.float32, device=z.device)
-    return t.reshape(-1, 1)
+    return torch.as_tensor(t, device=z.device).reshape(-1, 1)
 
 
 def reveal_times(z, order):
@@ -50,15 +45,15 @@ def reveal_times(z, order):
     "random" draws them independently (MDLM, the paper). "interlaced" reveals neighbours at distant
     times, since they depend on each other most and tokens revealed together are drawn
     independently. It takes van der Corput numbers; each text shifts them by a random number of
-    positions and adds a random u/M.
+    positions and adds a random u/M, which makes each time uniform.
     """
     B, L = z.shape
     if order == "random":
         return torch.rand(B, L, device=z.device)
 
     M = 1
-    van_der_corput = torch.zeros(M, device=z.device)  # 0, 1/2, 1/4, 3/4, 1/8, 5/8, ..
-    while M < L:
+    van_der_corput = torch.zeros(M, device=z.device)
+    while M < L:  # 0, then 0, 1/2, then 0, 1/2, 1/4, 3/4, ..
         van_der_corput = torch.cat((van_der_corput, van_der_corput + 0.5 / M))
         M *= 2
     shift = torch.randint(M, (B, 1), device=z.device)
@@ -67,10 +62,13 @@ def reveal_times(z, order):
     return van_der_corput[i] + u / M
 
 
-def forward_mask(x, t, mask_id, pad_id=-1, order="interlaced"):
-    """Draw z_t ~ q(z_t | x): mask each token of x (B, L), except pads, with chance 1 - alpha_t."""
+def forward_mask(x, t, mask_id, pad_id=-1, order="random"):
+    """Draw z_t ~ q(z_t | x): mask each token of x (B, L), except pads, with chance t.
+
+    This is the log-linear schedule of MDLM: alpha_t, the chance to be visible, is 1 - t.
+    """
     a = reveal_times(x, order)
-    hidden = a < 1 - alpha(column(t, x))  # (B, L)
+    hidden = a < column(t, x)  # (B, L)
     return x.masked_fill(hidden & (x != pad_id), mask_id)
 
 
@@ -82,10 +80,8 @@ def low_discrepancy_times(B, device=None):
 
 
 def predict(denoiser, z, where, temperature=1.0):
-    """Return log_p_x (n, V), float32, at the n True positions of `where`, all masked in z (B, L).
-
-    SUBS (arXiv 2406.07524): visible tokens stay, since callers write at `where` alone, and the mask
-    is never drawn, since it has no column. The logits are divided by `temperature`.
+    """Return log_p_x (n, V), float32, at the n True positions of `where`, which are masks in z
+    (B, L). The mask itself is never predicted: it has no column. `temperature` divides the logits.
     """
     logits = denoiser(z, where).float()
     return F.log_softmax(logits / temperature, dim=-1)
@@ -94,10 +90,10 @@ def predict(denoiser, z, where, temperature=1.0):
 def nelbo(denoiser, x, mask_id, pad_id=-1, t=None, order="random"):
     """Mask x (B, L) once at t (B,), drawn if None; return (bound, loss).
 
-    In random order bound estimates an upper bound on -log p(x | length), nats per text token:
+    In random order bound estimates an upper bound on -log p(x | lengths), nats of all B texts:
     E_t E_{z_t} (1/t) * sum over masked i of -log p(x_i | z_t). In another order it is no bound,
     since there the masks depend on each other. loss, which training descends, is the unweighted
-    mean over masks: it has the same minimiser and less noise.
+    mean over masks: the exact network minimises it, too, and it has less noise.
     """
     if t is None:
         t = low_discrepancy_times(len(x), x.device)
@@ -108,8 +104,7 @@ def nelbo(denoiser, x, mask_id, pad_id=-1, t=None, order="random"):
     nll = F.cross_entropy(logits, x[masked], reduction="none")  # (n,)
 
     row = masked.nonzero()[:, 0]  # (n,): the text of each mask
-    text_tokens = (x != pad_id).sum().clamp(min=1)
-    bound = (nll / t[row]).sum() / text_tokens
+    bound = (nll / t[row]).sum()
     loss = nll.sum() / max(len(nll), 1)
     return bound, loss
 
@@ -118,12 +113,8 @@ def nelbo(denoiser, x, mask_id, pad_id=-1, t=None, order="random"):
 def draw(log_p_x, num=1):
     """Draw `num` independent tokens (n, num) from each row of log_p_x (n, V).
 
-    The cumulative distribution is inverted in float64, which keeps its tail. Raises
-    FloatingPointError if a row is NaN.
+    The cumulative distribution is inverted in float64, which keeps its tail.
     """
-    if log_p_x[:, 0].isnan().any():  # one NaN or +infinity makes log_softmax's whole row NaN
-        raise FloatingPointError("the network's output is not finite: its weights have diverged")
-
     n, V = log_p_x.shape
     cdf = log_p_x.exp().cumsum(-1, dtype=torch.float64)
     total = cdf[:, -1:]  # 1 but for rounding
@@ -137,9 +128,8 @@ def ancestral_step(denoiser, z, a, s, mask_id, temperature=1.0, choose=None):
 
     Returns z_s (B, L) and called (B,) bool: the rows that reveal a token, for which the denoiser
     runs. choose(z, where, log_p_x (n, V)) -> z_s, for those rows alone, replaces the independent
-    draws. A position that is masked at time t is revealed with chance (t - s)/t; in random order
-    this is the model's exact reverse step. The usual categorical over V + 1 outcomes has the same
-    law, but truncates small probabilities in float32 (arXiv 2409.02908).
+    draws. Coming from time t, a mask is revealed with chance (t - s)/t; in random order this is the
+    model's exact reverse step.
     """
     reveal = (z == mask_id) & (a >= s)
     called = reveal.any(dim=1)  # (B,)
@@ -150,20 +140,20 @@ def ancestral_step(denoiser, z, a, s, mask_id, temperature=1.0, choose=None):
     log_p_x = predict(denoiser, z_called, where, temperature)  # (n, V)
     z_s = z.clone()
     if choose is None:
-        z_s[called] = z_called.masked_scatter(where, draw(log_p_x))
+        z_s[called] = z_called.masked_scatter(where, draw(log_p_x))  # draws (n, 1), in order
     else:
         z_s[called] = choose(z_called, where, log_p_x)
     return z_s, called
 
 
+EXPONENTS = {"interlaced": 1.5, "random": 1.0}  # of the time grid, best for each order
+
+
 def time_grid(steps, exponent=1.5):
     """Return times t_k = 1 - (k/steps)^exponent, k = 0 .. steps, from 1 to 0.
 
-    Above exponent 1 the first steps, which see little text, reveal less. Raises ValueError if
-    steps < 1.
+    Above exponent 1 the first steps, which see little text, reveal less.
     """
-    if steps < 1:
-        raise ValueError(f"steps is {steps}, but must be at least 1")
     return [1 - (k / steps) ** exponent for k in range(steps + 1)]
 
 
@@ -187,24 +177,24 @@ def sample(denoiser, z, steps, mask_id, temperature=1.0, order="interlaced", exp
 
 # ------------------------------------------------------ 1. rollout with intermediate-state matching
 def predict_once(denoiser, z, where):
-    """Return log_p_x (n, V) as `predict` does, but run the denoiser once for all equal rows of z.
+    """Return log_p_x (n, V) as `predict` does, but run the denoiser on the distinct rows of z.
 
-    A rollout's first states are equal within a group: all masks, of one length.
+    A group begins with equal rows, all masks of one length: this saves most of the first step.
     """
-    rows, index = z.unique(dim=0, return_inverse=True)  # (U, L), (B,)
-    counts = torch.zeros(rows.shape, device=z.device).index_add(0, index, where.float())
+    distinct, index = z.unique(dim=0, return_inverse=True)  # (U, L), (B,)
+    counts = torch.zeros(distinct.shape, device=z.device).index_add(0, index, where.float())
     needed = counts > 0  # (U, L)
-    log_p_x = predict(denoiser, rows, needed)
-    number = needed.flatten().cumsum(0).view_as(rows) - 1  # (U, L): its row of log_p_x
-    return log_p_x.index_select(0, number[index][where])
+    log_p_x = predict(denoiser, distinct, needed)
+    row_of_log_p = needed.flatten().cumsum(0).view_as(distinct) - 1  # (U, L)
+    return log_p_x.index_select(0, row_of_log_p[index][where])
 
 
 def draw_levels(n, K, device=None):
-    """Draw levels 1 = l_0 > .. > l_K = 0 of n K-step rollouts: (K + 1, n); return tau, pi (n,) too.
+    """Return random levels (K + 1, n), falling from 1 to 0 for each of n rollouts, tau and pi (n,).
 
     Each intermediate level is u times the one before, u uniform but clamped to [.02, .98]. tau is
-    the last of them and pi its density, given the one before, without the clamp. A one-step rollout
-    has no intermediate level; its tau is only the level at which x is masked again.
+    the last of them and pi its density given the one before: 1 up to K = 2. A one-step rollout has
+    no intermediate level; its tau is only the level at which x is masked again.
     """
     levels = [torch.ones(n, device=device)]
     for _ in range(max(K - 1, 1)):
@@ -213,18 +203,18 @@ def draw_levels(n, K, device=None):
         levels.append(levels[-1] * u)
     tau = levels[-1]
     pi = 1 / levels[-2]
-    levels = [*levels[:K], torch.zeros_like(tau)]
+    levels = [*levels[:K], torch.zeros_like(tau)]  # [:K] leaves tau out if K is 1
     return torch.stack(levels), tau, pi
 
 
-def rollout(student, z, levels, mask_id, order="interlaced", text=None, keep_states=False):
+def rollout(student, z, levels, mask_id, order="interlaced", given=None, keep_states=False):
     """Fill the masks of z (B, L) along K + 1 levels, each a float or (B,), as `sample` does, but
-    with gradients; `text` (B, L), if given, is written instead of tokens that are drawn.
+    with gradients; the tokens of `given` (B, L), if any, are written instead of drawn ones.
 
-    Returns x (B, L); log_prob (B,), the sum of log p(token) over the positions revealed in all K
-    steps: the path's log probability, which the policy gradient needs (intermediate-state
-    matching); and, if keep_states, the K states for `regularisers`, pairs (z (B, L), log_p_x (n, V)
-    at its n masks), else [].
+    Returns x (B, L); log_prob (B,), the sum of log p(token) over all tokens, each in the step that
+    reveals it: the path's log probability (the paper: intermediate-state matching); and, if
+    keep_states, the K states for `regularisers`, pairs (z (B, L), log_p_x (n, V) at its n masks),
+    else [].
     """
     a = reveal_times(z, order)
     log_prob = torch.zeros(len(z), device=z.device)
@@ -240,10 +230,10 @@ def rollout(student, z, levels, mask_id, order="interlaced", text=None, keep_sta
         else:
             log_p_revealed = predict_once(student, z, reveal)
 
-        if text is None:
+        if given is None:
             token = draw(log_p_revealed.detach())  # (m, 1)
         else:
-            token = text[reveal][:, None]
+            token = given[reveal][:, None]
         log_p_token = log_p_revealed.gather(1, token)[:, 0]
         row = reveal.nonzero()[:, 0]  # (m,): the text of each token
         log_prob = log_prob.index_add(0, row, log_p_token)
@@ -260,11 +250,23 @@ def few_step_nll(denoiser, x, steps, mask_id, pad_id=-1, order="interlaced", exp
     """
     z = x.masked_fill(x != pad_id, mask_id)
     times = time_grid(steps, exponent)
-    _, log_prob, _ = rollout(denoiser, z, times, mask_id, order, text=x)
+    _, log_prob, _ = rollout(denoiser, z, times, mask_id, order, given=x)
     return -log_prob
 
 
-# ---------------------------------------------- 2. is forward_mask; 3. discriminator and 4. reward
+# ------------------------------------------------------- 2. the levels at which x is masked again
+def weight(t):
+    """Return w(t) = -alpha'_t/(1 - alpha_t) = 1/t, at most 10."""
+    return (1 / t).clamp(max=10)
+
+
+def draw_weighted_levels(n, device=None):
+    """Draw levels (n,) whose density is proportional to w(t): less noise than weights w(t)."""
+    area = torch.rand(n, device=device) * (1 + math.log(10))  # under w, from 0 to the level
+    return torch.where(area < 1, area, (area - 1).exp()) / 10  # the area up to .1 is 1
+
+
+# -------------------------------------------------------------------- 3. discriminator, 4. reward
 def mean_over_text(values, is_text):
     """Return the mean (B,) of `values` (B, L) where is_text (B, L) is True; 0 without text."""
     count = is_text.sum(1).clamp(min=1)
@@ -272,11 +274,10 @@ def mean_over_text(values, is_text):
 
 
 def binary_cross_entropy(logits, is_text, label):
-    """Return the binary cross-entropy, nats, of logits (B, L) against `label`: the mean over text,
-    then over sequences."""
-    labels = torch.full_like(logits, label, dtype=torch.float32)
-    loss = F.binary_cross_entropy_with_logits(
-        logits.float(), labels, reduction="none")
+    """Return the binary cross-entropy, nats, of logits (B, L) against `label`: the mean over a
+    text's tokens, then over texts."""
+    labels = torch.full_like(logits, label)
+    loss = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
     return mean_over_text(loss, is_text).mean()
 
 
@@ -292,55 +293,43 @@ def discriminator_loss(logits_ref, is_text_ref, logits, is_text, smoothing=0.0):
 
 def reward(logits, is_text, clip=8.0):
     """Return r(z) (B,), nats, detached: the mean of logits (B, L) over text, clipped to +-clip."""
-    r = mean_over_text(logits.detach().float(), is_text)
+    r = mean_over_text(logits.detach(), is_text)
     return r.clamp(-clip, clip)
 
 
-def ratio_power(r, a):
-    """Return R = (exp(a r) - 1)/a (B,) for r (B,), the log of q_ref/q_student; R = r if a is 0.
+def ratio_power(r, power):
+    """Return R = (exp(power r) - 1)/power (B,) for r (B,), the log of q_ref/q_student; r for 0.
 
-    Without groups the policy gradient of R descends KL(q_student || q_ref) for a = 0 (the paper),
-    KL(q_ref || q_student) for a = 1, chi^2(q_ref || q_student)/2 for a = 2.
+    With R as the advantage the policy gradient descends KL(q_student || q_ref) for power 0 (the
+    paper), KL(q_ref || q_student) for 1, chi^2(q_ref || q_student)/2 for 2.
     """
-    if a == 0:
+    if power == 0:
         return r
-    return torch.expm1(a * r) / a
+    return torch.expm1(power * r) / power
 
 
-def grouped_advantage(R, G, dims=1, clip=3.0, eps=1e-4):
-    """Return A = (R - mean)/(std + eps) (B,), clipped, for rewards R (B,).
+def grouped_advantage(R, G, scale="group", clip=3.0, eps=1e-4):
+    """Return A = (R - mean)/(std + eps) (B,), clipped to +-clip, for rewards R (B,).
 
-    The mean is that of a group: G rewards that follow one another. The std is a group's, too, for
-    dims 1; for dims (0, 1) it is the root mean square of R - mean over all B.
+    The mean is that of a group: G rewards that follow one another. The std is the root mean square
+    of R - mean, over the group or, if `scale` is "batch", over all B.
     """
-    group = R.view(-1, G)
-    group = group - group[:, :1]  # makes equal rewards exactly 0, however their mean is rounded
-    centred = group - group.mean(1, keepdim=True)
+    groups = R.view(-1, G)
+    groups = groups - groups[:, :1]  # equal rewards must give 0, however their mean is rounded
+    centred = groups - groups.mean(1, keepdim=True)
+    dims = {"group": 1, "batch": (0, 1)}[scale]
     variance = centred.square().mean(dims, keepdim=True)
     A = centred / (variance.sqrt() + eps)
     return A.clamp(-clip, clip).flatten()
 
 
 # ------------------------------------------------------------------------------- 5. student step
-def weight(t):
-    """Return w(t) = -alpha'_t/(1 - alpha_t) = 1/t, at most 10."""
-    return (1 / t).clamp(max=10)
-
-
-def draw_weighted_levels(n, device=None):
-    """Draw levels (n,) whose density is proportional to w(t): instead of weights, without their
-    variance."""
-    area = torch.rand(n, device=device) * (1 + math.log(10))  # below w, from 0 to t: 1 up to 0.1
-    return torch.where(area < 1, area, (area - 1).exp()) / 10
-
-
 def policy_loss(log_prob, advantage, w, length):
     """Return the REINFORCE loss per text token, for log_prob, advantage A and weight w (B,).
 
     Its negative gradient is E[w * A * grad log_prob] / length; length is the texts' mean length.
     """
-    A = advantage.detach()
-    return -(w * A * log_prob).mean() / length
+    return -(w * advantage * log_prob).mean() / length
 
 
 def kl(log_p, log_q):
@@ -355,7 +344,7 @@ def entropy(log_p):
 
 def regularisers(states, teacher, mask_id):
     """Return KL(teacher || student) and the student's entropy, nats per mask, for the states of a
-    rollout: means over the masks of each state, then over states."""
+    rollout: means over the masks of each step, then over steps."""
     total_kl = total_entropy = 0.0
     for z, log_p_x in states:
         log_p_teacher = predict(teacher, z, z == mask_id)  # (n, V)
@@ -376,12 +365,12 @@ def update_ema(average, student, decay):
 def tilted(z, where, log_p_x, discriminator, pad_id, h):
     """Draw z_s (B, L): the tokens at `where` come from softmax(log_p_x (n, V) + h * dr/dp).
 
-    dr/dp (n, V) is the gradient of the reward by the probabilities of soft tokens, taken at
-    p(x_i | z_t). To first order, h = 1 draws from p_student * exp(r).
+    dr/dp (n, V) is the gradient of the unclipped reward with respect to the probabilities of soft
+    tokens, taken at p(x_i | z_t). To first order, h = 1 draws from p_student * exp(r).
     """
     probs = log_p_x.exp().detach().requires_grad_()
     with torch.enable_grad():
-        logits = discriminator(z, where, probs).float()
+        logits = discriminator(z, where, probs)
         r = mean_over_text(logits, z != pad_id)
         grad, = torch.autograd.grad(r.sum(), probs)
     tilted_log_p = F.log_softmax(log_p_x + h * grad, -1)

@@ -23,7 +23,7 @@ from model import (COUNT, FRACTION, NATURAL, POSITIVE, RANK, Discriminator, add_
 from train_teacher import validate
 
 PAPER = {
-    "order": "random", "exponent": 1.0, "grid": False, "groups": 32, "G": 4, "K": 2,
+    "order": "random", "grid": False, "groups": 32, "G": 4, "K": 2,
     "reference": "teacher", "coupled": True, "smoothing": 0.1,
     "power": 0.0, "advantage": "group", "eps": 1e-4,
     "temperature": 1.0, "w": True, "pi": True, "kl": 0.1, "entropy": 0.01,
@@ -31,7 +31,7 @@ PAPER = {
 
 
 def parse_flags(argv=None):
-    """Return the flags and, with --resume, the checkpoint to continue from, else None."""
+    """Return the flags and the checkpoint to start from, see model.parse_run."""
     p = make_parser(__doc__)
     on_off = argparse.BooleanOptionalAction
 
@@ -45,7 +45,8 @@ def parse_flags(argv=None):
     add("--groups", type=NATURAL, default=8, help="groups per update")
     add("--G", type=between(2, 2 ** 20, int), default=8, help="samples per group")
     add("--order", choices=("interlaced", "random"), default="interlaced", help="of revealing")
-    add("--exponent", type=between(0.1, 10), default=1.5, help="of the time grid")
+    add("--exponent", type=between(0.1, 10),
+        help="of the time grid; None: 1.5 in interlaced order, 1 in random order")
     add("--grid", action=on_off, default=True,
         help="levels of a rollout: the time grid; no: each is uniform below the one before")
     add("--K", type=NATURAL, default=4,
@@ -96,7 +97,7 @@ def load_teacher(args, device, bf16):
         args.data = ckpt["flags"]["data"]
     data = corpus.load(args.data)
     config = teacher.config
-    length = config.length if config.pads else 0  # of a row; 0: packed
+    length = config.length if config.pads else 0  # of a padded text; 0: packed
     data.check_fits(args.teacher, ckpt["tokenizer"], length, config.framed)
     return teacher, data
 
@@ -133,10 +134,12 @@ def main(argv=None):
     pad_id = teacher.config.pad_id
     groups = per_part("groups", args)
     G = args.G
-    B = groups * G
-    n = (groups + 1) // 2 * G  # the discriminator trains on half: on all, students avoid `->` more
+    B = groups * G  # of one process and part
+    n = (groups + 1) // 2 * G  # texts that train the discriminator: half, or it learns too fast
     regularised = args.kl > 0 or args.entropy > 0
 
+    if args.exponent is None:
+        args.exponent = didi.EXPONENTS[args.order]
     torch.manual_seed(args.seed)
     pool = None
     if args.reference == "teacher":
@@ -158,17 +161,18 @@ def main(argv=None):
     disc_opt = torch.optim.AdamW(disc.parameters(), args.disc_lr, (0.9, 0.99), weight_decay=0.0)
 
     nets = {"model": student, "ema": average, "disc": disc, "opt": opt, "disc_opt": disc_opt}
-    step, seconds, rows = 0, 0.0, []
-    if ckpt is not None:
+    if args.resume:
         restore(ckpt, args.out, nets)
-        step, seconds, rows = ckpt["step"], ckpt["seconds"], ckpt["log"]
+    step = ckpt["step"]
+    seconds = ckpt["seconds"]
+    rows = ckpt["log"]
     if RANK > 0:  # only now: the same numbers above made the networks of all processes alike
         torch.manual_seed(args.seed + 1000 * RANK + step)
 
     signals, stop = catch_signals(), 0
     begin = time.perf_counter() - seconds
     progress = fraction_done(args, step - args.disc_warmup, seconds)
-    if progress == 1:
+    if progress >= 1:
         print(f"{args.out} is already trained: give more --updates or --minutes")
     bar = tqdm(desc=args.out, total=args.disc_warmup + args.updates, initial=step,
                disable=RANK > 0)
@@ -188,7 +192,7 @@ def main(argv=None):
                 x, log_prob, states = didi.rollout(
                     student, z_1, levels, mask_id, args.order, keep_states=regularised)
 
-            # 2. Mask x again, at tau (coupled time) or at its own level; a reference at the same
+            # 2. Mask x again, at tau or at a level drawn here; the reference at the same level
             w = torch.ones(groups, device=device)
             if args.coupled:
                 level = tau
@@ -196,14 +200,14 @@ def main(argv=None):
                     w = didi.weight(tau)
                 if args.pi:
                     w = w / pi
-            elif args.w:
+            elif args.w:  # as the density of the level: the weight stays 1
                 level = didi.draw_weighted_levels(groups, device)
             else:
                 level = torch.rand(groups, device=device)
             level = level.repeat_interleave(G)  # (B,)
             w = w.repeat_interleave(G)  # (B,)
             if pool is None:
-                x_ref = data.batch(n, teacher.config.length, device)
+                x_ref = data.batch(n, teacher.config.length, device)  # (n, L), of other lengths
             else:
                 x_ref = pool[torch.randint(len(pool), (n,), device=device)]
             z = didi.forward_mask(x, level, mask_id, pad_id, "random")
@@ -212,21 +216,20 @@ def main(argv=None):
             # 3. Discriminator: label 1 on the reference
             is_text = x != pad_id  # (B, L)
             is_text_ref = x_ref != pad_id  # (n, L)
-            logits, logits_ref = disc(torch.cat((z[:n], z_ref))).split(n)
-            disc_loss = didi.discriminator_loss(logits_ref, is_text_ref, logits, is_text[:n],
+            logits_half, logits_ref = disc(torch.cat((z[:n], z_ref))).split(n)  # (n, L) each
+            disc_loss = didi.discriminator_loss(logits_ref, is_text_ref, logits_half, is_text[:n],
                                                 args.smoothing)
             (disc_loss / args.accumulate).backward()
             with torch.no_grad():
                 logits_rest = disc(z[n:])
-            logits = torch.cat((logits, logits_rest))  # (B, L)
+            logits = torch.cat((logits_half, logits_rest))  # (B, L)
 
-            # 4. Reward, from the logits that train the discriminator; advantage within groups
+            # 4. Reward, from the discriminator before its step; advantage within groups
             r = didi.reward(logits, is_text)  # (B,)
             R = didi.ratio_power(r, args.power)
             advantage = R
             if args.advantage != "bare":
-                dims = {"group": 1, "batch": (0, 1)}[args.advantage]
-                advantage = didi.grouped_advantage(R, G, dims, eps=args.eps)
+                advantage = didi.grouped_advantage(R, G, args.advantage, eps=args.eps)
 
             # 5. Student: policy gradient, KL to the teacher, entropy bonus
             if moving:
@@ -236,7 +239,7 @@ def main(argv=None):
                     loss = loss + args.kl * kl - args.entropy * entropy
                 (loss / args.accumulate).backward()
 
-        # step
+        # optimise, with gradients clipped to norm 1
         disc_norm = descend(disc, args.disc_lr, disc_opt)
         if moving:
             norm = descend(student, args.lr * (1 - 0.9 * progress), opt)
@@ -248,7 +251,7 @@ def main(argv=None):
         updates = step - args.disc_warmup
         progress = fraction_done(args, updates, seconds)
         r_ref = didi.reward(logits_ref, is_text_ref)
-        correct = torch.cat((r_ref > 0, r < 0)).float()
+        correct = torch.cat((r_ref > 0, r[:n] < 0)).float()
         spread = r.view(-1, G).std(1, correction=0)
         row = {"step": step, "seconds": seconds, "disc_loss": disc_loss.item(),
                "disc_acc": correct.mean().item(), "disc_norm": disc_norm,
@@ -259,7 +262,7 @@ def main(argv=None):
             row |= {"kl": kl.item(), "entropy": entropy.item()}
         log(rows, bar, row)
 
-        table = progress == 1 or (moving and updates % args.eval_every == 0)
+        table = progress >= 1 or (moving and updates % args.eval_every == 0)
         if table and RANK == 0:
             since_table = (updates - 1) % args.eval_every + 1
             passes = since_table * args.groups * G * (args.K + 1)

@@ -164,7 +164,7 @@ class Discriminator(nn.Module):
         those at the n True positions of `where`."""
         e = self.body.embed(z)  # (B, L, D)
         if where is not None:
-            e[where] = (probs @ self.body.embed.weight[:probs.shape[1]]).to(e.dtype)
+            e[where] = probs @ self.body.embed.weight[:probs.shape[1]]
         return self.score(self.body.trunk(e)).squeeze(-1)
 
 
@@ -216,10 +216,11 @@ def add_run_flags(p, out, eval_every):
 
 
 def parse_run(p, argv):
-    """Return the flags and, with --resume, the checkpoint --out, whose flags are the defaults."""
+    """Return the flags and the checkpoint to start from: an empty one, or with --resume that of
+    --out, whose flags are then the defaults."""
     args = p.parse_args(argv)
     if not args.resume:
-        return args, None
+        return args, {"step": 0, "seconds": 0.0, "log": []}
 
     ckpt, _ = load(args.out)
     flags = ckpt["flags"] | {"out": args.out}
@@ -261,10 +262,10 @@ def per_part(name, args):
 
 
 def fraction_done(args, updates, seconds):
-    """Return the fraction of training done, 0 to 1, by --minutes if given, else by --updates."""
+    """Return the fraction of training done, by --minutes if given, else by --updates."""
     if args.minutes is not None:
-        return min(seconds / (60 * args.minutes), 1.0)
-    return min(max(updates, 0) / args.updates, 1.0)
+        return seconds / (60 * args.minutes)
+    return updates / args.updates
 
 
 def agree(*numbers):
@@ -313,13 +314,13 @@ def log(rows, bar, row, table=False):
 def save(path, rows, nets, **about):
     """Write a checkpoint, whole or not at all, and its log, the rows, next to it as .jsonl.
 
-    `nets` maps names to modules and optimisers. Raises FloatingPointError if a weight is not
-    finite; the old file then stays.
+    `nets` maps names to modules and optimisers. Raises FloatingPointError if an averaged weight is
+    not finite; the old file then stays.
     """
     if RANK > 0:
         return
     states = {name: net.state_dict() for name, net in nets.items()}
-    for x in (*states["model"].values(), *states["ema"].values()):
+    for x in states["ema"].values():
         if not x.isfinite().all():
             raise FloatingPointError(f"a weight is not finite: lower --lr; {path} stays as it was")
 

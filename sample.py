@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import didi
 from data import corpus
-from model import (NATURAL, POSITIVE, Discriminator, add_device_flags, between, load, make_parser,
+from model import (NATURAL, POSITIVE, Discriminator, add_device_flags, load, make_parser,
                    restore, run, setup)
 
 
@@ -28,12 +28,11 @@ def parse_flags(argv=None):
     add("--model", default="out/student.pt", help="checkpoint of distill.py or train_teacher.py")
     add("--steps", type=NATURAL, default=8, help="sampling steps: the most denoiser calls per text")
     add("--order", choices=("interlaced", "random"), help="of revealing; None: the model's own")
-    add("--exponent", type=between(0.1, 10), help="of the time grid; None: the model's own")
     add("--num", type=NATURAL, default=16, help="number of texts")
     add("--temperature", type=POSITIVE, default=1.0, help="divides the logits")
     add("--sampler", choices=("ancestral", "rgas"), default="ancestral",
         help="rgas: guided by the discriminator")
-    add("--batch", type=NATURAL, default=256, help="texts per batch")
+    add("--batch", type=NATURAL, default=64, help="texts per batch; more are slower on a CPU")
 
     group = p.add_argument_group("text")
     given = group.add_mutually_exclusive_group().add_argument
@@ -124,13 +123,20 @@ def load_discriminator(ckpt, path, net):
     return disc.eval()  # stops spectral norm's power iteration
 
 
+def order_of(config, order=None):
+    """Return {"order", "exponent"}: a model's own, or another order and its best exponent."""
+    if order is None or order == config.order:
+        return {"order": config.order, "exponent": config.exponent}
+    return {"order": order, "exponent": didi.EXPONENTS[order]}
+
+
 def write(args, net, disc, z, on_step):
     """Fill the masks of z (num, L), --batch texts at once, guided by disc unless it is None.
 
     Returns x (num, L), and the calls of the denoiser and of the discriminator (num,) each.
     """
     how = {"steps": args.steps, "mask_id": net.config.mask_id, "temperature": args.temperature,
-           "order": args.order, "exponent": args.exponent, "on_step": on_step}
+           "on_step": on_step, **order_of(net.config, args.order)}
     parts = []
     for part in tqdm(z.split(args.batch), unit="batch", delay=2, disable=args.watch):
         part = part.to(net.lengths.device)
@@ -151,11 +157,9 @@ def main(argv=None):
     device, bf16 = setup(args)
     ckpt, net = load(args.model, "student", "teacher", device=device, bf16=bf16)
     encoding = corpus.make_tokenizer(ckpt["tokenizer"])
-    disc = on_step = None
     if args.order is None:
         args.order = net.config.order
-    if args.exponent is None:
-        args.exponent = net.config.exponent
+    disc = on_step = None
     if args.sampler == "rgas":
         disc = load_discriminator(ckpt, args.model, net)
     if args.watch:

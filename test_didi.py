@@ -213,17 +213,15 @@ def check_mean(values, expected, rounding=0):
 class TableDiscriminator:
     """Look up logits in r (S, L), for soft tokens their mean over independent draws.
 
-    Count the rows, and list which of the calls gave soft tokens.
+    Count the rows.
     """
 
     def __init__(self, r):
         self.r = r
         self.rows = 0
-        self.soft = []
 
     def __call__(self, z, where=None, probs=None):
         self.rows += len(z)
-        self.soft.append(where is not None)
         if where is None:
             return self.r[index(z)]
         p = F.one_hot(z, V + 1).float()
@@ -312,7 +310,7 @@ def test_the_bound_of_the_exact_denoiser_is_the_entropy_of_the_data():
     nats = []
     for x in STATES[Categorical(p).sample((60, 4000))]:
         bound, _ = didi.nelbo(net, x, HIDDEN, PAD, order="random")
-        nats.append(bound * (x != PAD).sum() / 4000)
+        nats.append(bound / 4000)
 
     bounds = torch.stack(nats) + Categorical(LENGTHS).entropy()
     check_mean(bounds, Categorical(p).entropy())
@@ -332,7 +330,7 @@ def test_nelbo_is_the_weighted_sum_and_its_loss_the_mean_over_masks():
     masked = z == HIDDEN
     nll = -log_p_token * masked
     assert 0 < masked.sum() < 12
-    assert torch.isclose(bound, (nll / t[:, None]).sum() / 12)
+    assert torch.isclose(bound, (nll / t[:, None]).sum())
     assert torch.isclose(loss, nll.sum() / masked.sum())
 
 
@@ -363,14 +361,6 @@ def test_draw_keeps_the_tail_and_draws_nothing_impossible(monkeypatch, u, token)
     )
 
     assert didi.draw(log_p_x, 2).tolist() == [[token, token]]
-
-
-def test_draw_refuses_what_is_not_a_number():
-    logits = torch.tensor([[0.0, 1.0], [torch.inf, 0.0]])
-    log_p_x = logits.log_softmax(-1)
-
-    with pytest.raises(FloatingPointError, match="not finite"):
-        didi.draw(log_p_x)
 
 
 def step_from(table, z, t, s, **how):
@@ -790,7 +780,7 @@ def test_advantages_have_mean_0_deviation_1_and_the_order_of_the_rewards_in_each
 def test_the_batchs_deviation_keeps_the_size_of_each_groups_rewards():
     r = torch.tensor([1.0, 3.0, 0.0, 8.0])
 
-    A = didi.grouped_advantage(r, 2, dims=(0, 1), eps=0.5)
+    A = didi.grouped_advantage(r, 2, scale="batch", eps=0.5)
 
     std = ((1 + 1 + 16 + 16) / 4) ** 0.5
     assert A.tolist() == pytest.approx([x / (std + 0.5) for x in (-1, 1, -4, 4)])
@@ -987,15 +977,6 @@ def test_the_guided_sampler_counts_both_networks(steps, switch, most):
     assert disc_calls.max() == most
 
 
-def test_guidance_tilts_first_and_reranks_then():
-    guide = TableDiscriminator(torch.zeros(16, 2))
-    net = lookup(torch.zeros(16, 2, V))
-
-    didi.guided_sample(net, guide, masks(500, 2), 4, MASK, switch=0.3)
-
-    assert guide.soft == [True, True, False, False]
-
-
 # --------------------------------------------------------------------------------------- networks
 CONFIG = model.Config(
     vocab_size=7, length=5, n_layer=3, n_head=2, n_embd=8
@@ -1079,7 +1060,7 @@ def test_the_causal_bound_counts_the_first_end():
     bound, loss = train_teacher.bound_and_loss(net, x)
 
     nats = nll[0, :2].sum() + nll[1, :3].sum()
-    assert torch.isclose(bound, nats / 3)
+    assert torch.isclose(bound, nats)
     assert torch.isclose(loss, nats / 5)
 
 
@@ -1096,7 +1077,7 @@ def test_the_bound_reported_includes_the_length(monkeypatch):
     log_p = net(net.start(n)).log_softmax(-1)
     nll = F.nll_loss(log_p[text], COMPLETE[text], reduction="sum")
     nats = nll - LENGTHS[n].log().sum()
-    assert torch.isclose(bound, nats / n.sum())
+    assert torch.isclose(bound, nats)
     assert torch.isclose(loss, nll / n.sum())
 
 

@@ -21,7 +21,6 @@ from model import (COUNT, NATURAL, POSITIVE, RANK, Config, Denoiser, add_run_fla
                    catch_signals, check_output, descend, fraction_done, log, make_parser, parse_run,
                    per_part, restore, run, save, setup)
 
-EXPONENTS = {"interlaced": 1.5, "random": 1.0}  # of the time grid
 SIZES = {
     "nano": {  # minutes on two CPU cores
         "n_layer": 3, "n_head": 4, "n_embd": 128, "length": 128,
@@ -39,7 +38,7 @@ SIZES = {
 
 
 def parse_flags(argv=None):
-    """Return the flags and, with --resume, the checkpoint to continue from, else None."""
+    """Return the flags and the checkpoint to start from, see model.parse_run."""
     p = make_parser(__doc__)
     add = p.add_argument_group("data and network").add_argument
     add("--data", default=corpus.DEFAULT, help="corpus folder, see data/README.md")
@@ -88,15 +87,12 @@ class Muon(torch.optim.Optimizer):
     AdamW's, so that one learning rate serves both.
     """
 
-    def __init__(self, matrices, lr):
-        super().__init__(matrices, {"lr": lr})
-        for p in matrices:
-            self.state[p]["momentum"] = torch.zeros_like(p)
-
     @torch.no_grad()
     def step(self):
         group, = self.param_groups
         for p in group["params"]:
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
             momentum = self.state[p]["momentum"]
             momentum.lerp_(p.grad, 0.05)
             direction = orthogonalise(p.grad.lerp(momentum, 0.95))
@@ -112,18 +108,18 @@ def causal_nll(model, x, mask_id):
 
 
 def bound_and_loss(model, x, order="random"):
-    """Return (bound, loss) of x (B, L); the bound, nats per text token, includes the lengths."""
+    """Return (bound, loss) of x (B, L); the bound, nats of all texts, includes their lengths."""
     mask_id = model.config.mask_id
     pad_id = model.config.pad_id
     text = x != pad_id  # (B, L)
     if model.config.causal:  # it predicts the first end, so that counts
         counted = corpus.until_end(x, pad_id)  # (B, L)
         nll = (causal_nll(model, x, mask_id) * counted).sum()
-        return nll / text.sum(), nll / counted.sum()
+        return nll, nll / counted.sum()
 
     bound, loss = didi.nelbo(model, x, mask_id, pad_id, order=order)
     p_length = model.lengths[text.sum(1)].clamp(min=1e-6)  # (B,)
-    return bound - p_length.log().sum() / text.sum(), loss
+    return bound - p_length.log().sum(), loss
 
 
 @torch.no_grad()
@@ -143,7 +139,7 @@ def validate(net, data, device, passes):
         torch.manual_seed(1234)
         text_tokens = (x != config.pad_id).sum().item()
         parts = x.to(device).split(32)  # bounds the memory
-        nats = [bound_and_loss(net, part)[0] * (part != config.pad_id).sum() for part in parts]
+        nats = [bound_and_loss(net, part)[0] for part in parts]
         row["val_nelbo"] = sum(nats).item() / text_tokens
         if config.causal:
             return row  # its sampling loop is in experiments/autoregressive.py
@@ -177,7 +173,7 @@ def main(argv=None):
         pads=not data.packed,
         framed=data.framed,
         order=args.order,
-        exponent=EXPONENTS[args.order],
+        exponent=didi.EXPONENTS[args.order],
     )
     torch.manual_seed(args.seed)
     model = Denoiser(config).to(device)
@@ -188,13 +184,14 @@ def main(argv=None):
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
     in_matrices = set(matrices)
     rest = [p for p in model.parameters() if p not in in_matrices]
-    muon = Muon(matrices, args.lr)
+    muon = Muon(matrices, {"lr": args.lr})
     adamw = torch.optim.AdamW(rest, args.lr, (0.9, 0.98), weight_decay=0.0, fused=True)
     nets = {"model": model, "ema": average, "muon": muon, "adamw": adamw}
-    step, seconds, rows = 0, 0.0, []
-    if ckpt is not None:
+    if args.resume:
         restore(ckpt, args.out, nets)
-        step, seconds, rows = ckpt["step"], ckpt["seconds"], ckpt["log"]
+    step = ckpt["step"]
+    seconds = ckpt["seconds"]
+    rows = ckpt["log"]
     if args.compile:
         model.trunk = torch.compile(model.trunk)
     if RANK > 0:  # only now: the same numbers above made the networks of all processes alike
@@ -204,7 +201,7 @@ def main(argv=None):
     signals, stop = catch_signals(), 0
     begin = time.perf_counter() - seconds
     progress = fraction_done(args, step, seconds)
-    if progress == 1:
+    if progress >= 1:
         print(f"{args.out} is already trained: give more --updates or --minutes")
     bar = tqdm(desc=args.out, total=args.updates, initial=step, disable=RANK > 0)
     while progress < 1 and not stop:
@@ -227,7 +224,7 @@ def main(argv=None):
         progress = fraction_done(args, step, seconds)
         log(rows, bar, {"step": step, "seconds": seconds, "loss": loss.item(), "norm": norm,
                         "lr": lr})
-        table = progress == 1 or step % args.eval_every == 0
+        table = progress >= 1 or step % args.eval_every == 0
         if table and RANK == 0:
             since_table = (step - 1) % args.eval_every + 1
             row = {"step": step} | validate(average, data, device, since_table * args.batch)

@@ -30,11 +30,11 @@ ROWS = {
     "+ KL and entropy": "--paper --advantage bare",
     "+ grouped normalisation": "--paper",
     "+ guided sampler": "--paper",
-    "+ interlaced order": "--paper --order interlaced --exponent 1.5",
+    "+ interlaced order": "--paper --order interlaced",
     # one change of the default
     "default": "",
     "default, guided sampler": "",
-    "random order": "--order random --exponent 1",
+    "random order": "--order random",
     "even time grid": "--exponent 1",
     "no intermediate-state matching": "--K 1",
     "rollouts of two steps": "--K 2",

@@ -61,10 +61,10 @@ def next_logits(net, token, i, cache):
 
 
 @torch.no_grad()
-def autoregress(net, B, pad_id, temperature=1.0, on_step=None):
+def autoregress(net, B, pad_id, temperature=1.0):
     """Return B texts x (B, L), padded with pad_id, and nfe (B,), the calls until each has ended.
 
-    pad_id is -1 where texts are packed and never end. on_step(x so far) is called after each token.
+    pad_id is -1 where texts are packed and never end.
     """
     x = torch.full((B, net.config.length), pad_id, device=net.lengths.device)
     token = torch.full_like(x[:, 0], net.config.mask_id)  # the mask stands before x_1
@@ -80,8 +80,6 @@ def autoregress(net, B, pad_id, temperature=1.0, on_step=None):
         x[:, i] = token
         nfe += going
         going &= token != pad_id
-        if on_step:
-            on_step(x[:, :i + 1])
         if not going.any():
             break
     return x, nfe

@@ -13,8 +13,7 @@ from tqdm import tqdm
 import didi
 from experiments.autoregressive import autoregress
 from model import Denoiser, Discriminator, load
-from sample import load_discriminator
-from train_teacher import EXPONENTS
+from sample import load_discriminator, order_of
 
 KINDS = {"teacher": "teacher", "student": "student", "autoregressive": "causal"}  # of checkpoints
 
@@ -57,33 +56,25 @@ def load_models(paths, device, bf16):
 
 
 # ---------------------------------------------------------------------------------- timed writing
-def order_of(model, order=None):
-    """Return {"order", "exponent"} of a model's own sampling, or those of another order."""
-    config = model.net.config
-    if order is None or order == config.order:
-        return {"order": config.order, "exponent": config.exponent}
-    return {"order": order, "exponent": EXPONENTS[order]}
-
-
-def fill(model, z, steps, temperature=1.0, order=None, guided=False, on_step=None):
+def fill(model, z, steps, temperature=1.0, order=None, guided=False):
     """Fill the masks of z (B, L) in `steps` steps, or token by token if the model is causal.
 
     Returns x (B, L), nfe (B,) and disc_calls (B,), the calls of both networks.
     """
     config = model.net.config
     if config.causal:
-        x, nfe = autoregress(model.net, len(z), config.pad_id, temperature, on_step)
+        x, nfe = autoregress(model.net, len(z), config.pad_id, temperature)
         return x, nfe, torch.zeros_like(nfe)
 
     how = {"steps": steps, "mask_id": config.mask_id, "temperature": temperature,
-           "on_step": on_step, **order_of(model, order)}
+           **order_of(config, order)}
     if guided:
         return didi.guided_sample(model.net, model.disc, z, pad_id=config.pad_id, **how)
     x, nfe = didi.sample(model.net, z, **how)
     return x, nfe, torch.zeros_like(nfe)
 
 
-def write(model, num, steps, seed=0, batch=256, **how):
+def write(model, num, steps, seed=0, batch=64, **how):
     """Write num texts, `batch` at a time; `how` goes to `fill`.
 
     Returns x (num, L), on the CPU, and {"calls", "disc_calls", "seq_per_s"}; the first two are

@@ -24,6 +24,7 @@ from data import corpus, quality
 from experiments import common
 from experiments.common import means, print_head, print_row
 from model import NATURAL, add_device_flags, make_parser, run, setup
+from sample import order_of
 from train_teacher import causal_nll
 
 STEPS = (2, 4, 8, 16)
@@ -59,7 +60,7 @@ def parse_flags(argv=None):
     add("--rows", choices=("all", "teacher", "student"), default="all", help="models to measure")
     add("--steps", type=NATURAL, nargs="+", help="sampling steps; None: 2 to 16 or 256")
     add("--samples", type=NATURAL, default=1000, help="texts per row; fewer are mostly noise")
-    add("--batch", type=NATURAL, default=256, help="texts per batch")
+    add("--batch", type=NATURAL, default=64, help="texts per batch; more are slower on a CPU")
     add("--json", help="add the rows to this file, under --label and the training's seed")
     add("--label", default="default", help="name of the run in --json")
 
@@ -188,7 +189,7 @@ def nll_per_token(model, x, batch, steps, order=None, temperature=1.0):
     def denoiser(z, where):
         return net(z, where) / temperature
 
-    how = common.order_of(model, order) | {"pad_id": net.config.pad_id}
+    how = order_of(net.config, order) | {"pad_id": net.config.pad_id}
     torch.manual_seed(0)
     nats = 0.0
     for part in x.split(batch):

@@ -99,16 +99,14 @@ signatures() {
     others
     ablation
     speed
-    # the front page: samples, the figure, the animation
+    # the front page: samples, the figures
     for model in teacher default; do
         python sample.py --model out/0/$model.pt --steps 4 --num 8
     done > $results/samples.txt
     log_means out/[0-4]/teacher.jsonl out/[0-4]/default.jsonl out/[012]/sdtt.jsonl \
         out/[012]/paper.jsonl > $results/logs.txt
     python -m experiments.evaluate --table $results/nano.json --plot $results/frontier.png
-    python -m experiments.animate $results/orders.png
-    python -m experiments.animate $results/writing.gif --student out/0/default.pt \
-        --teacher out/0/teacher.pt --causal out/0/causal.pt
+    python -m experiments.orders $results/orders.png
 }
 
 # Run 36 MB of English Wikinews as bytes; $1 is the file. One thread per process.

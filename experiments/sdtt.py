@@ -37,7 +37,7 @@ def parse_flags(argv=None):
 
 @torch.no_grad()
 def sdtt_target(teacher, z_t, a, s, mask_id):
-    """Return what two teacher steps predict, t -> s and s -> 2s - t, to be matched in one step.
+    """Return what two teacher steps predict, from t to s and on from s, to be matched in one step.
 
     z_t and its reveal times a are (B, L), s is (B, 1). The result is log_p_x (n, V) at the n masks
     of z_t: from the first step where it reveals the token, else from the second. The mean over
@@ -83,12 +83,15 @@ def main(argv=None):
             opt = torch.optim.AdamW(student.parameters(), args.lr, (0.9, 0.99), weight_decay=0.0)
 
         x = data.batch(args.batch, config.length, device)  # (B, L)
-        t = didi.low_discrepancy_times(args.batch, device)  # (B,)
-        t = didi.column(t, x)  # (B, 1)
+        # a step along the sampler's time grid begins at the fraction u of it
+        u = 1 - didi.low_discrepancy_times(args.batch, device)  # (B,)
+        u = didi.column(u, x)  # (B, 1)
+        middle = u + (1 - u).clamp(max=1 / steps) / 2
+        t = 1 - u ** config.exponent
+        s = 1 - middle ** config.exponent
         a = didi.reveal_times(x, config.order)  # (B, L)
         z_t = x.masked_fill((a < t) & (x != config.pad_id), config.mask_id)
-        dt = t.clamp(max=1 / steps)
-        kl = sdtt_loss(student, teacher, z_t, a, t - dt / 2, config.mask_id)
+        kl = sdtt_loss(student, teacher, z_t, a, s, config.mask_id)
 
         kl.backward()
         lr = args.lr * (1 - 0.9 * step / total)

@@ -24,7 +24,7 @@ import distill
 import model
 import train_teacher
 from data import corpus
-from experiments import ablate, animate, autoregressive, bench, common, evaluate, sdtt
+from experiments import ablate, autoregressive, bench, common, evaluate, orders, sdtt
 from test_didi import (MASK, V, Z, chain, check_law, exact_table, index,  # noqa: F401
                        lookup, masks, seed, stutter)
 from test_scripts import ON_CPU, call
@@ -114,12 +114,6 @@ def test_the_autoregressive_sampler_draws_from_the_models_law(causal, temperatur
 
     drawn = x @ torch.tensor([9, 3, 1])
     check_law(drawn, law)
-
-
-def test_a_text_costs_a_call_for_each_token_and_its_end(causal):
-    x, nfe = autoregressive.autoregress(causal, 50, pad_id=2)
-
-    assert torch.equal(nfe, corpus.until_end(x, 2).sum(1))
 
 
 def test_packed_texts_do_not_end(causal):
@@ -557,13 +551,12 @@ def test_both_samplers_are_timed():
     assert min(r["ratio"] for r in rows) > 0
 
 
-@pytest.mark.parametrize("name, start", [("a.gif", b"GIF8"), ("a.png", b"\x89PNG")])
-def test_pictures_of_writing_are_drawn(folder, name, start):
+def test_the_orders_are_drawn(folder):
     pytest.importorskip("matplotlib")
 
-    call(animate, f"{name} {ON_CPU} --lines 2 --seconds 1 --fps 2")
+    call(orders, "a.png")
 
-    assert (folder / name).read_bytes().startswith(start)
+    assert (folder / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_autoregressive_command_prints_its_texts(folder, capsys):

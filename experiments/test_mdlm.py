@@ -270,15 +270,6 @@ def test_other_tensors_are_refused_by_name(name, tensor, match):
 
 
 @needs_package
-def test_a_missing_tensor_is_named():
-    state = make_state()
-    del state[QKV]
-    write(state)
-
-    refuse(f"'{QKV}' is unknown or missing")
-
-
-@needs_package
 def test_a_vocabulary_without_a_tokenizer_is_refused():
     describe(vocab_size=98)
     write(make_state(97))

@@ -355,7 +355,7 @@ def test_muon_is_torchs_but_for_its_precision(monkeypatch):
     start = [torch.randn(8, 5), torch.randn(5, 8)]
     ours = [torch.nn.Parameter(x.clone()) for x in start]
     theirs = copy.deepcopy(ours)
-    muon = train_teacher.Muon(ours, 0.1)
+    muon = train_teacher.Muon(ours, {"lr": 0.1})
     torchs = torch.optim.Muon(theirs, 0.1, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
 
     for _ in range(3):
@@ -481,12 +481,9 @@ def test_a_kill_while_the_new_checkpoint_is_written_leaves_the_old_one(
 
 
 @BOTH
-@pytest.mark.parametrize("side", [0, 1])
-def test_weights_that_are_not_finite_are_not_saved(
-    tiny, capsys, monkeypatch, script, flags, side
-):
-    def spoil(*average_and_net):
-        average_and_net[side].lengths[0] = torch.nan
+def test_weights_that_are_not_finite_are_not_saved(tiny, capsys, monkeypatch, script, flags):
+    def spoil(average, net):
+        average.lengths[0] = torch.nan
         os.kill(os.getpid(), signal.SIGTERM)
 
     at_update(monkeypatch, 1, spoil)
@@ -660,20 +657,3 @@ def test_a_prompt_is_utf_8_whatever_the_locale(tiny):
     subprocess.run(command, check=True, env=os.environ | c_locale)
 
     assert (tiny / "x.txt").read_bytes().startswith(b"\xc3\xa9")
-
-
-def test_the_three_commands_run_without_the_experiments(tiny):
-    shutil.copytree(f"{HERE}/data", "data")
-    commands = {
-        "train_teacher.py": TEACH,
-        "distill.py": DISTIL,
-        "sample.py": "--num 3"
-    }
-    for path in ("didi.py", "model.py", *commands):
-        shutil.copy(f"{HERE}/{path}", path)
-
-    for path, flags in commands.items():
-        command = [sys.executable, path, *flags.split()]
-        said = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
-
-    assert len(said.splitlines()) == 4
