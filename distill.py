@@ -23,9 +23,8 @@ from model import (COUNT, FRACTION, NATURAL, POSITIVE, RANK, Discriminator, add_
 from train_teacher import validate
 
 PAPER = {
-    "order": "random", "grid": False, "groups": 32, "G": 4, "K": 2,
-    "reference": "teacher", "coupled": True, "smoothing": 0.1,
-    "power": 0.0, "advantage": "group", "eps": 1e-4,
+    "order": "random", "grid": False, "K": 2,
+    "reference": "teacher", "coupled": True, "power": 0.0, "advantage": "group",
     "temperature": 1.0, "w": True, "pi": True, "kl": 0.1, "entropy": 0.01,
 }
 
@@ -42,8 +41,8 @@ def parse_flags(argv=None):
         help="the paper's objective: sets the defaults of the flags below")
 
     add = p.add_argument_group("1. rollout").add_argument
-    add("--groups", type=NATURAL, default=8, help="groups per update")
-    add("--G", type=between(2, 2 ** 20, int), default=8, help="samples per group")
+    add("--groups", type=NATURAL, default=16, help="groups per update")
+    add("--G", type=between(2, 2 ** 20, int), default=4, help="samples per group")
     add("--order", choices=("interlaced", "random"), default="interlaced", help="of revealing")
     add("--exponent", type=between(0.1, 10),
         help="of the time grid; None: 1.5 in interlaced order, 1 in random order")
@@ -56,7 +55,7 @@ def parse_flags(argv=None):
     add("--reference", choices=("data", "teacher"), default="data", help="what gets label 1")
     add("--coupled", action=on_off, default=False,
         help="mask x at tau, the last of random levels; no: at a level of its own")
-    add("--smoothing", type=between(0, 0.49), default=0.0, help="e: labels are 1 - e and e")
+    add("--smoothing", type=between(0, 0.49), default=0.1, help="e: labels are 1 - e and e")
     add("--disc_blocks", type=COUNT, default=3, help="how many of its last blocks train")
     add("--disc_lr", type=POSITIVE, help="its learning rate; None: 10 times the student's")
     add("--disc_warmup", type=COUNT, default=100, help="updates of the discriminator alone")
@@ -65,8 +64,7 @@ def parse_flags(argv=None):
     add("--power", type=between(0, 4), default=2.0,
         help="a: the reward is (ratio**a - 1)/a, ratio the density ratio; 0: log(ratio)")
     add("--advantage", choices=("batch", "group", "bare"), default="batch",
-        help="(R - the group's mean)/(std + eps), std of the batch or group; bare: R")
-    add("--eps", type=POSITIVE, default=0.1, help="see --advantage")
+        help="(R - the group's mean)/std, std of the batch or group; bare: R")
 
     add = p.add_argument_group("5. student").add_argument
     add("--temperature", type=POSITIVE, default=0.8,
@@ -229,7 +227,7 @@ def main(argv=None):
             R = didi.ratio_power(r, args.power)
             advantage = R
             if args.advantage != "bare":
-                advantage = didi.grouped_advantage(R, G, args.advantage, eps=args.eps)
+                advantage = didi.grouped_advantage(R, G, args.advantage)
 
             # 5. Student: policy gradient, KL to the teacher, entropy bonus
             if moving:

@@ -25,8 +25,7 @@ ROWS = {
     "+ intermediate-state matching":
         "--paper --no-coupled --no-w --no-pi --kl 0 --entropy 0 --advantage bare",
     "+ coupled time": "--paper --no-w --no-pi --kl 0 --entropy 0 --advantage bare",
-    "+ w(t)": "--paper --no-pi --kl 0 --entropy 0 --advantage bare",
-    "+ pi(t)": "--paper --kl 0 --entropy 0 --advantage bare",
+    "+ w(t) and pi(t), which is 1": "--paper --kl 0 --entropy 0 --advantage bare",
     "+ KL and entropy": "--paper --advantage bare",
     "+ grouped normalisation": "--paper",
     "+ guided sampler": "--paper",
@@ -39,16 +38,15 @@ ROWS = {
     "no intermediate-state matching": "--K 1",
     "rollouts of two steps": "--K 2",
     "rollouts of random levels": "--no-grid",
-    "random levels, coupled time": "--no-grid --coupled",
     "levels without the weight w(t)": "--no-w",
     "the log of the ratio": "--power 0",
     "the group's deviation": "--advantage group",
     "no grouped normalisation": "--advantage bare",
     "teacher samples as the reference": "--reference teacher",
-    "KL and entropy": "--kl .09 --entropy .01",
+    "KL and entropy": "--kl .1 --entropy .01",
     "begins at temperature 1": "--temperature 1",
-    "16 groups": "--groups 16",
-    "smoothing": "--smoothing .1",
+    "8 groups of 8": "--groups 8 --G 8",
+    "no smoothing": "--smoothing 0",
     "400 updates": "--updates 400"}
 STEPS = (4, 8)
 KEPT = ("post", "judge_ppl", "tv", "js3", "nll", "entropy", "ks", "rare", "returns", "hints",
@@ -88,9 +86,9 @@ def measure(args, guided, judge, device, bf16):
     for steps in STEPS:
         x, _ = common.write(model, args.num, steps, args.seed, guided=guided)
         measures = quality.quality(x, data)
-        measures["nll"] = nll_per_token(model, held_out, 256, steps)
+        measures["nll"] = nll_per_token(model, held_out, 64, steps)
         if judge is not None:
-            measures["judge_ppl"] = causal_judge(x, judge, 256)
+            measures["judge_ppl"] = causal_judge(x, judge, 64)
         row |= {f"{name}@{steps}": measures[name] for name in KEPT if name in measures}
     return row
 
