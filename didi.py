@@ -5,11 +5,10 @@ denoiser learns to fill the masks in. Sampling starts from all masks and reveals
 Tokens revealed in one step are drawn independently, so few steps give incoherent text.
 
 DiDi-Instruct trains a few-step *student* whose samples, masked again, are distributed like a
-masked reference. The paper minimises the integral over t of w(t) KL(q_student(z_t) ||
-q_reference(z_t)); `ratio_power` gives other divergences. Text is discrete, so the gradient is a
-policy gradient, whose reward comes from a discriminator. Label 1 stands for the reference: at every
-position the best logit is r(z_t) = log q_reference(z_t) - log q_student(z_t) of the whole z_t, and
-the student ascends r or a function of it.
+masked reference: it minimises the integral over t of w(t) KL(q_student(z_t) || q_reference(z_t)).
+Text is discrete, so the gradient is a policy gradient, whose reward comes from a discriminator.
+Label 1 stands for the reference: at every position the best logit is the log density ratio of the
+whole z_t, r(z_t) = log q_reference(z_t) - log q_student(z_t), and the student ascends r.
 
 x            clean token ids (B, L)
 z_t          x masked at level t (B, L)
@@ -297,28 +296,15 @@ def reward(logits, is_text, clip=8.0):
     return r.clamp(-clip, clip)
 
 
-def ratio_power(r, power):
-    """Return R = (exp(power r) - 1)/power (B,) for r (B,), the log of q_ref/q_student; r for 0.
+def grouped_advantage(r, G, clip=3.0, eps=1e-4):
+    """Return A = (r - mean)/(std + eps) (B,), clipped to +-clip, for rewards r (B,).
 
-    With R as the advantage the policy gradient descends KL(q_student || q_ref) for power 0 (the
-    paper), KL(q_ref || q_student) for 1, chi^2(q_ref || q_student)/2 for 2.
+    The mean and the std are those of a group: G rewards that follow one another.
     """
-    if power == 0:
-        return r
-    return torch.expm1(power * r) / power
-
-
-def grouped_advantage(R, G, scale="group", clip=3.0, eps=1e-4):
-    """Return A = (R - mean)/(std + eps) (B,), clipped to +-clip, for rewards R (B,).
-
-    The mean is that of a group: G rewards that follow one another. The std is the root mean square
-    of R - mean, over the group or, if `scale` is "batch", over all B.
-    """
-    groups = R.view(-1, G)
+    groups = r.view(-1, G)
     groups = groups - groups[:, :1]  # equal rewards must give 0, however their mean is rounded
     centred = groups - groups.mean(1, keepdim=True)
-    dims = {"group": 1, "batch": (0, 1)}[scale]
-    variance = centred.square().mean(dims, keepdim=True)
+    variance = centred.square().mean(1, keepdim=True)
     A = centred / (variance.sqrt() + eps)
     return A.clamp(-clip, clip).flatten()
 

@@ -23,9 +23,8 @@ from model import (COUNT, FRACTION, NATURAL, POSITIVE, RANK, Discriminator, add_
 from train_teacher import validate
 
 PAPER = {
-    "order": "random", "grid": False, "K": 2,
-    "reference": "teacher", "coupled": True, "power": 0.0, "advantage": "group",
-    "temperature": 1.0, "w": True, "pi": True, "kl": 0.1, "entropy": 0.01,
+    "order": "random", "grid": False, "K": 2, "coupled": True, "pi": True,
+    "reference": "teacher", "temperature": 1.0, "kl": 0.1, "entropy": 0.01,
 }
 
 
@@ -60,13 +59,9 @@ def parse_flags(argv=None):
     add("--disc_lr", type=POSITIVE, help="its learning rate; None: 10 times the student's")
     add("--disc_warmup", type=COUNT, default=100, help="updates of the discriminator alone")
 
-    add = p.add_argument_group("4. reward and advantage").add_argument
-    add("--power", type=between(0, 4), default=2.0,
-        help="a: the reward is (ratio**a - 1)/a, ratio the density ratio; 0: log(ratio)")
-    add("--advantage", choices=("batch", "group", "bare"), default="batch",
-        help="(R - the group's mean)/std, std of the batch or group; bare: R")
-
-    add = p.add_argument_group("5. student").add_argument
+    add = p.add_argument_group("4. advantage and 5. student").add_argument
+    add("--group_norm", action=on_off, default=True,
+        help="(reward - the group's mean)/std is the advantage; no: the reward")
     add("--temperature", type=POSITIVE, default=0.8,
         help="the student starts as the teacher at this temperature")
     add("--w", action=on_off, default=True,
@@ -224,10 +219,9 @@ def main(argv=None):
 
             # 4. Reward, from the discriminator before its step; advantage within groups
             r = didi.reward(logits, is_text)  # (B,)
-            R = didi.ratio_power(r, args.power)
-            advantage = R
-            if args.advantage != "bare":
-                advantage = didi.grouped_advantage(R, G, args.advantage)
+            advantage = r
+            if args.group_norm:
+                advantage = didi.grouped_advantage(r, G)
 
             # 5. Student: policy gradient, KL to the teacher, entropy bonus
             if moving:

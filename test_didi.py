@@ -744,27 +744,6 @@ def test_the_best_discriminator_is_the_log_density_ratio(e, shift):
     assert torch.equal(slope.sign(), expected)
 
 
-@pytest.mark.parametrize("a, divergence", [
-    (0, lambda p, q: q * (q / p).log()),
-    (0.5, lambda p, q: -4 * (p * q).sqrt()),
-    (1, lambda p, q: p * (p / q).log()),
-    (2, lambda p, q: p**2 / q / 2),
-    (3, lambda p, q: p**3 / q**2 / 6)
-])
-def test_a_power_of_the_ratio_descends_its_divergence(a, divergence):
-    """E_q[reward * grad log q], the gradient of E_q[reward] if the reward is fixed, cancels that
-    of the alpha-divergence of enumerated laws."""
-    p = torch.randn(9).double().softmax(0)
-    theta = torch.randn(9).double().requires_grad_()
-    q = theta.softmax(0)
-
-    reward = didi.ratio_power((p / q).log().detach(), a)
-
-    total = (divergence(p, q) + reward * q).sum()
-    slope, = torch.autograd.grad(total, theta)
-    assert slope.abs().max() < 1e-12
-
-
 def test_advantages_have_mean_0_deviation_1_and_the_order_of_the_rewards_in_each_group():
     r = torch.randn(8, 4)
 
@@ -775,15 +754,6 @@ def test_advantages_have_mean_0_deviation_1_and_the_order_of_the_rewards_in_each
     assert A.mean(1).abs().max() < 1e-5
     assert (deviation - 1).abs().max() < 0.01
     assert torch.equal(A.argsort(1), r.argsort(1))
-
-
-def test_the_batchs_deviation_keeps_the_size_of_each_groups_rewards():
-    r = torch.tensor([1.0, 3.0, 0.0, 8.0])
-
-    A = didi.grouped_advantage(r, 2, scale="batch", eps=0.5)
-
-    std = ((1 + 1 + 16 + 16) / 4) ** 0.5
-    assert A.tolist() == pytest.approx([x / (std + 0.5) for x in (-1, 1, -4, 4)])
 
 
 def test_advantages_are_clipped():

@@ -21,12 +21,12 @@ from model import COUNT, NATURAL, add_device_flags, make_parser, run, setup
 # flags of distill.py; adjacent rows that differ only in the sampler share a run
 ROWS = {
     # as in the paper's table and setting: each row adds one component to the row before
-    "none": "--paper --K 1 --no-coupled --no-w --no-pi --kl 0 --entropy 0 --advantage bare",
+    "none": "--paper --K 1 --no-coupled --no-w --no-pi --kl 0 --entropy 0 --no-group_norm",
     "+ intermediate-state matching":
-        "--paper --no-coupled --no-w --no-pi --kl 0 --entropy 0 --advantage bare",
-    "+ coupled time": "--paper --no-w --no-pi --kl 0 --entropy 0 --advantage bare",
-    "+ w(t) and pi(t), which is 1": "--paper --kl 0 --entropy 0 --advantage bare",
-    "+ KL and entropy": "--paper --advantage bare",
+        "--paper --no-coupled --no-w --no-pi --kl 0 --entropy 0 --no-group_norm",
+    "+ coupled time": "--paper --no-w --no-pi --kl 0 --entropy 0 --no-group_norm",
+    "+ w(t) and pi(t), which is 1": "--paper --kl 0 --entropy 0 --no-group_norm",
+    "+ KL and entropy": "--paper --no-group_norm",
     "+ grouped normalisation": "--paper",
     "+ guided sampler": "--paper",
     "+ interlaced order": "--paper --order interlaced",
@@ -39,9 +39,7 @@ ROWS = {
     "rollouts of two steps": "--K 2",
     "rollouts of random levels": "--no-grid",
     "levels without the weight w(t)": "--no-w",
-    "the log of the ratio": "--power 0",
-    "the group's deviation": "--advantage group",
-    "no grouped normalisation": "--advantage bare",
+    "no grouped normalisation": "--no-group_norm",
     "teacher samples as the reference": "--reference teacher",
     "KL and entropy": "--kl .1 --entropy .01",
     "begins at temperature 1": "--temperature 1",

@@ -173,14 +173,10 @@ def part_of(args, drawn, discs, i):
 def advantage_by_hand(args, r, level, pi):
     """Return A * w (B,) for rewards r (B,) at these levels."""
     A = r
-    if args.power:
-        A = ((args.power * r).exp() - 1) / args.power
-    if args.advantage != "bare":
+    if args.group_norm:
         A = A.view(-1, args.G)
         A = A - A.mean(1, keepdim=True)
         variance = A.var(1, correction=0, keepdim=True)
-        if args.advantage == "batch":
-            variance = variance.mean()
         A = A / (variance.sqrt() + 1e-4)
         A = A.clamp(-3, 3).flatten()
     if args.w and args.coupled:
@@ -256,8 +252,8 @@ def part_by_hand(args, disc, student, part):
 @pytest.mark.parametrize("flags", [
     "",
     "--coupled --G 4 --K 2 --w --pi --kl .5 --smoothing .2 --no-grid",
-    "--K 1 --advantage bare --power .5 --w --order random",
-    "--no-grid --w --pi --power 0 --entropy .3 --smoothing 0 --advantage group",
+    "--K 1 --no-group_norm --order random",
+    "--no-grid --pi --entropy .3 --smoothing 0",
     "--accumulate 2 --pi --K 3 --coupled --no-grid --no-w"
 ])
 def test_an_update_is_the_algorithm_by_hand(tiny, monkeypatch, flags):
