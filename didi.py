@@ -7,8 +7,9 @@ Tokens revealed in one step are drawn independently, so few steps give incoheren
 DiDi-Instruct trains a few-step *student* whose samples, masked again, are distributed like a
 masked reference: it minimises the integral over t of w(t) KL(q_student(z_t) || q_reference(z_t)).
 Text is discrete, so the gradient is a policy gradient, whose reward comes from a discriminator.
-Label 1 stands for the reference: at every position the best logit is the log density ratio of the
-whole z_t, r(z_t) = log q_reference(z_t) - log q_student(z_t), and the student ascends r.
+Label 1 stands for the reference: without label smoothing, at every position the best logit is the
+log density ratio of the whole z_t, r(z_t) = log q_reference(z_t) - log q_student(z_t), and the
+student ascends r.
 
 x            clean token ids (B, L)
 z_t          x masked at level t (B, L)
@@ -123,7 +124,7 @@ def draw(log_p_x, num=1):
 
 
 def ancestral_step(denoiser, z, a, s, mask_id, temperature=1.0, choose=None):
-    """Reveal the masks of z (B, L) whose reveal times a (B, L) are at least s: a step to z_s.
+    """Step to z_s, s a float: reveal the masks of z (B, L) whose reveal times a (B, L) are >= s.
 
     Returns z_s (B, L) and called (B,) bool: the rows that reveal a token, for which the denoiser
     runs. choose(z, where, log_p_x (n, V)) -> z_s, for those rows alone, replaces the independent
@@ -182,7 +183,7 @@ def predict_once(denoiser, z, where):
     """
     distinct, index = z.unique(dim=0, return_inverse=True)  # (U, L), (B,)
     counts = torch.zeros(distinct.shape, device=z.device).index_add(0, index, where.float())
-    needed = counts > 0  # (U, L)
+    needed = counts > 0  # (U, L): positions that any of the equal rows asks for
     log_p_x = predict(denoiser, distinct, needed)
     row_of_log_p = needed.flatten().cumsum(0).view_as(distinct) - 1  # (U, L)
     return log_p_x.index_select(0, row_of_log_p[index][where])
@@ -191,9 +192,10 @@ def predict_once(denoiser, z, where):
 def draw_levels(n, K, device=None):
     """Return random levels (K + 1, n), falling from 1 to 0 for each of n rollouts, tau and pi (n,).
 
-    Each intermediate level is u times the one before, u uniform but clamped to [.02, .98]. tau is
-    the last of them and pi its density given the one before: 1 up to K = 2. A one-step rollout has
-    no intermediate level; its tau is only the level at which x is masked again.
+    Each intermediate level is u times the one before, u uniform but clamped to [.02, .98], so that
+    no step is nearly empty. tau is the last of them and pi its density given the one before, but
+    for the clamp: 1 up to K = 2. A one-step rollout has no intermediate level; its tau is only the
+    level at which x is masked again.
     """
     levels = [torch.ones(n, device=device)]
     for _ in range(max(K - 1, 1)):
@@ -296,17 +298,18 @@ def reward(logits, is_text, clip=8.0):
     return r.clamp(-clip, clip)
 
 
-def grouped_advantage(r, G, clip=3.0, eps=1e-4):
-    """Return A = (r - mean)/(std + eps) (B,), clipped to +-clip, for rewards r (B,).
+def grouped_advantage(r, G, eps=1e-4):
+    """Return A = (r - mean)/(std + eps) (B,) for rewards r (B,).
 
-    The mean and the std are those of a group: G rewards that follow one another.
+    The mean and the std are those of a group: G rewards that follow one another. No |A| is above
+    sqrt(G - 1), so that the paper's clip at 3 is not needed.
     """
     groups = r.view(-1, G)
     groups = groups - groups[:, :1]  # equal rewards must give 0, however their mean is rounded
     centred = groups - groups.mean(1, keepdim=True)
     variance = centred.square().mean(1, keepdim=True)
     A = centred / (variance.sqrt() + eps)
-    return A.clamp(-clip, clip).flatten()
+    return A.flatten()
 
 
 # ------------------------------------------------------------------------------- 5. student step
@@ -318,26 +321,17 @@ def policy_loss(log_prob, advantage, w, length):
     return -(w * advantage * log_prob).mean() / length
 
 
-def kl(log_p, log_q):
-    """Return KL(p || q) (n,), nats, of each row of log_p and log_q (n, V)."""
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
-
-
-def entropy(log_p):
-    """Return the entropy (n,), nats, of each row of log_p (n, V)."""
-    return -(log_p.exp() * log_p).sum(-1)
-
-
 def regularisers(states, teacher, mask_id):
     """Return KL(teacher || student) and the student's entropy, nats per mask, for the states of a
     rollout: means over the masks of each step, then over steps."""
-    total_kl = total_entropy = 0.0
+    kl = 0.0
+    entropy = 0.0
     for z, log_p_x in states:
         log_p_teacher = predict(teacher, z, z == mask_id)  # (n, V)
         n = max(len(log_p_x), 1)
-        total_kl += kl(log_p_teacher, log_p_x).sum() / n
-        total_entropy += entropy(log_p_x).sum() / n
-    return total_kl / len(states), total_entropy / len(states)
+        kl += F.kl_div(log_p_x, log_p_teacher, reduction="sum", log_target=True) / n
+        entropy -= (log_p_x.exp() * log_p_x).sum() / n
+    return kl / len(states), entropy / len(states)
 
 
 @torch.no_grad()
@@ -380,7 +374,8 @@ def reranked(z, where, log_p_x, discriminator, pad_id, M):
 @torch.no_grad()
 def guided_sample(denoiser, discriminator, z, steps, mask_id, pad_id=-1, temperature=1.0, h=1.0,
                   M=4, switch=0.5, order="interlaced", exponent=1.5, on_step=None):
-    """Fill the masks of z (B, L): tilt in the first fraction `switch` of the steps, then re-rank.
+    """Fill the masks of z (B, L): tilt in the first fraction `switch` of the steps, while most are
+    left, then re-rank, as in the paper.
 
     Returns x (B, L), nfe (B,) and disc_calls (B,), the discriminator's passes: 1 (with a backward
     pass) to tilt, M to re-rank.

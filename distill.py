@@ -65,9 +65,10 @@ def parse_flags(argv=None):
     add("--temperature", type=POSITIVE, default=0.8,
         help="the student starts as the teacher at this temperature")
     add("--w", action=on_off, default=True,
-        help="weight w(t) = 1/t of the level t; if not coupled, t has this density instead")
+        help="weight w(t) = min(1/t, 10) of level t; if not coupled, t has this density, scaled")
     add("--pi", action=on_off, default=False, help="if coupled: divide by the density of tau")
-    add("--kl", type=FRACTION, default=0.0, help="weight of KL(teacher || student), per mask")
+    add("--kl", type=FRACTION, default=0.0,
+        help="weight of KL(teacher at temperature 1 || student), per mask")
     add("--entropy", type=FRACTION, default=0.0, help="weight of the entropy bonus, per mask")
     add("--lr", type=POSITIVE, help="falls to a tenth; None: 6e-4 times the teacher's RMS weight")
     add("--ema", type=FRACTION, default=0.99, help="decay of the weight average that is sampled")

@@ -144,7 +144,7 @@ class Denoiser(nn.Module):
 class Discriminator(nn.Module):
     """Score each position: a copy of the trained teacher with a new, spectrally normalised head.
 
-    Only its last blocks, its norm and the head train. The optimal logit is
+    Only its last blocks, its norm and the head train. Without label smoothing the optimal logit is
     log q_reference(z_t) - log q_student(z_t).
     """
 

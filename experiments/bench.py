@@ -6,7 +6,7 @@
     python -m experiments.bench sampler                    # ours against the usual sampler
 
 `training` and `distillation` run the script itself for --times updates and read its log; --flags go
-to that script.
+to that script; --profile tells where the time goes.
 """
 import os
 import tempfile
@@ -35,14 +35,37 @@ def parse_flags(argv=None):
     add("--at_once", type=NATURAL, default=256, help="texts per batch, besides one at a time")
     add("--times", type=NATURAL, default=20, help="updates to time")
     add("--flags", default="", help="flags for the timed script")
+    add("--profile", help="write torch.profiler's table of the timed script to this file")
     add("--json", help="add the rows to this file")
     add("--label", default="default", help="with --json: their name")
     add_device_flags(p)
     return p.parse_args(argv)
 
 
+def training_flops(config, texts):
+    """Return the floating-point operations of the matrix products in a training step on `texts`
+    sequences: a backward pass costs two forward ones, and half of the positions are masks."""
+    D = config["n_embd"]
+    L = config["length"]
+    block = 24 * D * D + 4 * L * D  # a token's: 12 D^2 weights, and attention
+    head = D * config["vocab_size"]  # half of a token's
+    return 3 * texts * L * (config["n_layer"] * block + head)
+
+
+def run_profiled(main, argv, path):
+    """Call main(argv); write a table of its operations, the slowest first, to a file."""
+    with torch.profiler.profile() as profiler:
+        main(argv)
+    clock = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    with open(path, "w") as f:
+        f.write(profiler.key_averages().table(sort_by=clock, row_limit=30))
+
+
 def bench_training(args, device, bf16):
-    """Run a training script for a few updates; return a row, the mean time of the last --times."""
+    """Run a training script for a few updates; return a row, the mean time of the last --times.
+
+    A training step has its TFLOP/s, too, a GPU the most memory that was used, in GiB.
+    """
     script = train_teacher
     flags = [*args.flags.split(), "--device", args.device]
     flags += ["--updates", str(args.times + 5)]  # the first are slower
@@ -52,7 +75,11 @@ def bench_training(args, device, bf16):
 
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "bench.pt")
-        script.main([*flags, "--out", path])
+        argv = [*flags, "--out", path]
+        if args.profile is None:
+            script.main(argv)
+        else:
+            run_profiled(script.main, argv, args.profile)
         ckpt, _ = load(path)
 
     ends = [row["seconds"] for row in ckpt["log"] if "seconds" in row]
@@ -63,7 +90,12 @@ def bench_training(args, device, bf16):
     else:
         texts = flags["batch"]
     tokens = texts * ckpt["config"]["length"]
-    return [{"row": args.what, "ms": 1e3 * seconds, "tokens_per_s": tokens / seconds}]
+    row = {"row": args.what, "ms": 1e3 * seconds, "tokens_per_s": tokens / seconds}
+    if args.what == "training":
+        row["tflop_per_s"] = training_flops(ckpt["config"], texts) / seconds / 1e12
+    if device.type == "cuda":
+        row["gib"] = torch.cuda.max_memory_allocated() / 2 ** 30
+    return [row]
 
 
 def bench_models(args, device, bf16):

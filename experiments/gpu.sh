@@ -1,17 +1,13 @@
 #!/usr/bin/env bash
-# gpu.sh - measure on one GPU, the most important first.
+# gpu.sh - what a quarter of an hour of one GPU can show, the most important first.
 #
-#     bash experiments/gpu.sh wiki.txt.xz                # all; the text trains for 22 minutes
-#     bash experiments/gpu.sh wiki.txt.xz tests speed    # some of: tests default judge speed text
-#     MINUTES="4 2 4" bash experiments/gpu.sh wiki.txt.xz text    # instead of 9 5 8
-#     SEEDS=0 bash experiments/gpu.sh wiki.txt.xz default judge    # instead of 0 1
-#     DISTIL="--kl .1" bash experiments/gpu.sh wiki.txt.xz text    # flags of the student
-#     TOY=1 bash experiments/gpu.sh any.txt              # the same commands, minutes on a CPU
+#     bash experiments/gpu.sh wiki.txt.xz                  # all of: tests speed default text
+#     bash experiments/gpu.sh wiki.txt.xz tests speed      # some
+#     MINUTES="20 5 10" bash experiments/gpu.sh wiki.txt.xz text    # instead of 3 1 2
+#     TOY=1 bash experiments/gpu.sh any.txt                # the same commands, minutes on a CPU
 #
-# MINUTES: teacher, judge, student. Results go to out/results: gpu_bench.json, gpu_nano.json,
-# gpu_text.json, gpu_*.txt. After an interruption name the remaining stages. TOY uses its own
-# folders, out/toy_*, so that its results are not mistaken for real ones; without TOY and without
-# a GPU this script stops at once.
+# MINUTES: teacher, judge, student. Results go to out/results/gpu*. Nothing else may use the machine
+# meanwhile. TOY uses folders of its own, out/toy_*.
 set -eo pipefail
 cd "$(dirname "$0")/.."
 if [ ! -f "$1" ]; then
@@ -21,20 +17,18 @@ fi
 file=$1
 shift
 
-results=out/results out=out/gpu
-# Sizes: the paper's network, the parts of its batch, the smaller network for text, the default.
-small="--size small" parts=16 mini="--size mini" default="" distil=$DISTIL measured=1000
-tokenizer=gpt2 samples=256 device="--device cuda" seeds=${SEEDS:-0 1} times=""
-read -r for_teacher for_judge for_student <<< "${MINUTES:-9 5 8}"
+results=out/results out=out/gpu device="--device cuda" tokenizer=gpt2 samples=256 measured=1000
+read -r for_teacher for_judge for_student <<< "${MINUTES:-3 1 2}"
+small="--size small" parts=16 mini="--size mini" default="" distil=""
 if [ -n "$TOY" ]; then
-    results=out/toy_results out=out/toy_gpu
+    results=out/toy_results out=out/toy_gpu device="--device cpu" tokenizer=bytes
+    samples=8 measured=8 for_teacher=.1 for_judge=.1 for_student=.1
     small="--n_layer 2 --n_head 2 --n_embd 32 --length 64 --batch 16 --lr 1e-3" parts=2
     mini="--n_layer 1 --n_head 2 --n_embd 32 --length 32 --batch 16"
     default="--updates 4" distil="--updates 4 --disc_warmup 2 --groups 2"
-    tokenizer=bytes samples=8 measured=8 device="--device cpu"
-    for_teacher=.1 for_judge=.1 for_student=.1 times="--times 2"
 fi
 corpus=$out/$(basename "$file")
+bench="python -m experiments.bench $device --json $results/gpu_bench.json"
 mkdir -p $results $out
 
 prepare() {
@@ -50,43 +44,34 @@ tests() {
         failed=1
 }
 
-# Time the README's default, and a step of it.
-default() {
-    for s in $seeds; do
-        time python train_teacher.py $device $default --seed $s --out $out/$s/teacher.pt
-        time python distill.py $device $distil --seed $s --teacher $out/$s/teacher.pt \
-            --out $out/$s/student.pt
-    done
-    bench="python -m experiments.bench $device $times --json $results/gpu_bench.json"
-    $bench training --label nano
-    $bench distillation --label nano_update --teacher $out/${seeds%% *}/teacher.pt
-}
-
-# Measure it: does it match CPUs within the spread of seeds?
-judge() {
-    python train_teacher.py $device $default --causal --out $out/causal.pt
-    for s in $seeds; do
-        models="--teacher $out/$s/teacher.pt --student $out/$s/student.pt --causal $out/causal.pt"
-        python -m experiments.evaluate $device $models --samples $measured \
-            --json $results/gpu_nano.json --label gpu
-    done
-    python -m experiments.evaluate --table $results/gpu_nano.json | tee $results/gpu_nano.txt
-}
-
-# Time a training step and an update of the paper's network. The update needs a teacher; its quality
-# doesn't matter.
+# Time and profile a training step of the paper's network, with and without --compile, and an
+# update of its student. That needs a teacher; its quality doesn't matter.
 speed() {
     prepare
-    bench="python -m experiments.bench $device --times 8 --json $results/gpu_bench.json"
-    $bench training --label training --flags="--data $corpus $small --accumulate $parts"
+    flags="--data $corpus $small --accumulate $parts"
+    $bench training --label training --times 8 --flags="$flags"
+    $bench training --label compiled --times 8 --flags="$flags --compile" || failed=1
+    $bench training --label profiled --times 2 --flags="$flags" \
+        --profile $results/gpu_profile_training.txt
     python train_teacher.py $device --data "$corpus" $small --batch 32 --updates 1 \
         --out $out/small.pt
-    $bench distillation --label paper_scale --teacher $out/small.pt \
-        --flags="--paper --reference data --groups 4 --disc_blocks 4"
-    $bench distillation --label default --teacher $out/small.pt --flags="--groups 2"
-    if [ -z "$TOY" ]; then  # it has only one size
-        $bench sampler --label sampler
-    fi
+    for parts in 1 4; do
+        $bench distillation --label update_$parts --times 8 --teacher $out/small.pt \
+            --flags="--paper --reference data --groups 4 --disc_blocks 4 --accumulate $parts"
+    done
+    $bench distillation --label profiled_update --times 2 --teacher $out/small.pt \
+        --flags="--paper --reference data --groups 4 --disc_blocks 4" \
+        --profile $results/gpu_profile_update.txt
+}
+
+# Time the README's default and measure it: does it match CPUs within the spread of seeds?
+default() {
+    models="--teacher $out/teacher.pt --student $out/student.pt --causal $out/causal.pt"
+    time python train_teacher.py $device $default --out $out/teacher.pt
+    time python distill.py $device $distil --teacher $out/teacher.pt --out $out/student.pt
+    python train_teacher.py $device $default --causal --out $out/causal.pt
+    python -m experiments.evaluate $device $models --samples $measured \
+        --json $results/gpu_nano.json --label gpu | tee $results/gpu_nano.txt
 }
 
 # Compare student and teacher on English in GPT-2's tokens: measures, also at equal entropy; texts.
@@ -103,18 +88,17 @@ text() {
     done > $results/gpu_samples.txt
     python sample.py $device --model $out/text.pt --steps 256 --num 3 >> $results/gpu_samples.txt
     python -m experiments.evaluate $device $models --samples $samples \
-        --json $results/gpu_text.json --label text
-    python -m experiments.evaluate --table $results/gpu_text.json | tee $results/gpu_text.txt
-    python -m experiments.bench $device models $models --json $results/gpu_bench.json --label models
+        --json $results/gpu_text.json --label text | tee $results/gpu_text.txt
+    $bench models --label models $models
 }
 
 if [ $# = 0 ]; then
-    set -- tests default judge speed text
+    set -- tests speed default text
 fi
 for stage in "$@"; do
     case $stage in
-        prepare | tests | default | judge | speed | text) time $stage ;;
-        *) echo "error: no stage $stage: use prepare tests default judge speed text" >&2; exit 2 ;;
+        prepare | tests | speed | default | text) time $stage ;;
+        *) echo "error: no stage $stage: use prepare tests speed default text" >&2; exit 2 ;;
     esac
 done
 exit ${failed:-0}

@@ -136,11 +136,11 @@ proteins() {
     models="--teacher out/protein/teacher.pt --causal out/protein/causal.pt"
     python train_teacher.py --data out/cath --minutes 4 --out out/protein/teacher.pt
     python train_teacher.py --data out/cath --minutes 2 --causal --out out/protein/causal.pt
-    python distill.py --groups 8 --disc_warmup 60 --teacher out/protein/teacher.pt \
+    python distill.py --disc_warmup 60 --teacher out/protein/teacher.pt \
         --out out/protein/student.pt
     python -m experiments.evaluate --samples 500 $models --student out/protein/student.pt \
         --json $results/protein.json --label protein
-    python distill.py --temperature 1 --groups 8 --disc_warmup 60 \
+    python distill.py --temperature 1 --disc_warmup 60 \
         --teacher out/protein/teacher.pt --out out/protein/from_1.pt
     python -m experiments.evaluate --rows student --samples 500 $models \
         --student out/protein/from_1.pt --json $results/protein.json \

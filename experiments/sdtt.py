@@ -12,6 +12,7 @@ import copy
 import time
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import didi
@@ -59,7 +60,7 @@ def sdtt_loss(student, teacher, z_t, a, s, mask_id):
     """Return the reverse KL to `sdtt_target`, nats, the mean over the masks of z_t (B, L)."""
     target = sdtt_target(teacher, z_t, a, s, mask_id)
     log_p_x = didi.predict(student, z_t, z_t == mask_id)  # (n, V)
-    return didi.kl(log_p_x, target).mean()
+    return F.kl_div(target, log_p_x, reduction="batchmean", log_target=True)
 
 
 def main(argv=None):

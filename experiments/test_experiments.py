@@ -18,6 +18,8 @@ import pytest
 import tiktoken
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import didi
 import distill
@@ -531,15 +533,35 @@ def test_speeds_are_measured(folder, monkeypatch, what, flags, rows):
 def test_a_step_takes_what_the_log_says(monkeypatch):
     """The last two of 7 updates, which end after 1, 2, 4, .. 64 seconds, took 48."""
     rows = [{"seconds": 2 ** k} for k in range(7)]
-    ckpt = {"flags": {"batch": 3}, "config": {"length": L}, "log": rows}
+    ckpt = {"flags": {"batch": 3}, "config": vars(model.Config(length=L)), "log": rows}
     monkeypatch.setattr(train_teacher, "main", lambda argv: None)
     monkeypatch.setattr(bench, "load", lambda *_: (ckpt, None))
     args = bench.parse_flags(["training", "--times", "2"])
 
-    row, = bench.bench_training(args, None, None)
+    row, = bench.bench_training(args, torch.device("cpu"), None)
 
     assert row["ms"] == 24000
     assert row["tokens_per_s"] == 3 * L / 24
+
+
+def test_the_operations_of_a_step_are_those_that_torch_counts():
+    config = model.Config(vocab_size=100, length=16, n_layer=2, n_head=2, n_embd=32)
+    net = model.Denoiser(config)
+    z = torch.zeros(4, 16, dtype=torch.long)
+    half = torch.arange(16).expand(4, 16) % 2 == 0
+
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        net(z, half).sum().backward()
+
+    assert bench.training_flops(vars(config), 4) == counter.get_total_flops()
+
+
+def test_a_profile_is_written(folder):
+    argv = f"training {ON_CPU} --times 1 --profile p.txt".split()
+
+    bench.main([*argv, f"--flags={SMALL}"])
+
+    assert "aten::addmm" in (folder / "p.txt").read_text()
 
 
 def test_both_samplers_are_timed():

@@ -178,7 +178,7 @@ def advantage_by_hand(args, r, level, pi):
         A = A - A.mean(1, keepdim=True)
         variance = A.var(1, correction=0, keepdim=True)
         A = A / (variance.sqrt() + 1e-4)
-        A = A.clamp(-3, 3).flatten()
+        A = A.flatten()
     if args.w and args.coupled:
         A = A * torch.tensor([min(1 / t, 10) for t in level.tolist()])
     if args.pi and args.coupled:
