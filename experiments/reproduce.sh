@@ -41,7 +41,7 @@ EOF
 }
 
 # Run five seeds of teacher and student, two with other arithmetic: seed 3 in float32, seed 4 with
-# two threads. One causal model judges all. $1: one seed, or all; run 0 first. 90 minutes.
+# two threads. One causal model judges all. $1: one seed, or all; run 0 first. 40 minutes each.
 few_steps() {
     for s in ${1:-0 1 2 3 4}; do
         export OMP_NUM_THREADS=1
@@ -58,7 +58,7 @@ few_steps() {
     done
 }
 
-# Train other students of the same teachers. $1: one seed, or three.
+# Train other students of the same teachers. $1: one seed, or three. 40 minutes each.
 others() {
     export OMP_NUM_THREADS=1
     for s in ${1:-0 1 2}; do
@@ -72,7 +72,7 @@ others() {
     done
 }
 
-# Measure each component, 27 rows from 25 runs. $1: one seed, or three. 90 minutes each.
+# Measure each component, 23 rows from 21 runs. $1: one seed, or three. 3 hours each.
 ablation() {
     OMP_NUM_THREADS=1 python -m experiments.ablate $results/ablation.json --seeds ${1:-0 1 2} \
         --causal out/0/causal.pt
