@@ -314,13 +314,13 @@ def log(rows, bar, row, table=False):
 def save(path, rows, nets, **about):
     """Write a checkpoint, whole or not at all, and its log, the rows, next to it as .jsonl.
 
-    `nets` maps names to modules and optimisers. Raises FloatingPointError if an averaged weight is
-    not finite; the old file then stays.
+    `nets` maps names to modules and optimisers. Raises FloatingPointError if a weight is not
+    finite; the old file then stays.
     """
     if RANK > 0:
         return
     states = {name: net.state_dict() for name, net in nets.items()}
-    for x in states["ema"].values():
+    for x in (*states["model"].values(), *states["ema"].values()):
         if not x.isfinite().all():
             raise FloatingPointError(f"a weight is not finite: lower --lr; {path} stays as it was")
 

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 import didi
 from data import corpus
-from model import (NATURAL, POSITIVE, Discriminator, add_device_flags, load, make_parser,
-                   restore, run, setup)
+from model import (NATURAL, POSITIVE, Discriminator, add_device_flags, load, make_parser, restore,
+                   run, setup)
 
 
 def parse_flags(argv=None):

@@ -55,9 +55,9 @@ speed() {
         --profile $results/gpu_profile_training.txt
     python train_teacher.py $device --data "$corpus" $small --batch 32 --updates 1 \
         --out $out/small.pt
-    for parts in 1 4; do
-        $bench distillation --label update_$parts --times 8 --teacher $out/small.pt \
-            --flags="--paper --reference data --groups 4 --disc_blocks 4 --accumulate $parts"
+    for accumulate in 1 4; do
+        $bench distillation --label update_$accumulate --times 8 --teacher $out/small.pt \
+            --flags="--paper --reference data --groups 4 --disc_blocks 4 --accumulate $accumulate"
     done
     $bench distillation --label profiled_update --times 2 --teacher $out/small.pt \
         --flags="--paper --reference data --groups 4 --disc_blocks 4" \

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # reproduce.sh - remake every file in experiments/results/ and the pictures in assets/.
 #
-#     bash experiments/reproduce.sh signatures                       # 7 hours on two cores
+#     bash experiments/reproduce.sh signatures                       # a night and a day, AVX2
 #     bash experiments/reproduce.sh text wikinews.train.txt.xz       # 80 minutes
 #     bash experiments/reproduce.sh proteins cath_S40.fa.xz          # half an hour
-#     bash experiments/reproduce.sh first_run                        # 8 minutes
+#     bash experiments/reproduce.sh first_run                        # a quarter of an hour
 #
 # Everything is written to out/results first, so that the files in git stay whole until it is done:
 # then copy the files to experiments/results/, frontier.png and orders.png to assets/. Pictures

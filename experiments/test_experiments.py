@@ -507,7 +507,7 @@ def test_an_ablation_goes_on_where_it_was(ablation):
 def test_the_ablation_in_git_has_a_table(capsys):
     ablate.print_table(results(f"{HERE}/results/ablation.json"))
 
-    assert "| random order | " in capsys.readouterr().out
+    assert "| default | " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags", ablate.ROWS.values())

@@ -477,9 +477,12 @@ def test_a_kill_while_the_new_checkpoint_is_written_leaves_the_old_one(
 
 
 @BOTH
-def test_weights_that_are_not_finite_are_not_saved(tiny, capsys, monkeypatch, script, flags):
-    def spoil(average, net):
-        average.lengths[0] = torch.nan
+@pytest.mark.parametrize("side", [0, 1])
+def test_weights_that_are_not_finite_are_not_saved(
+    tiny, capsys, monkeypatch, script, flags, side
+):
+    def spoil(*average_and_net):
+        average_and_net[side].lengths[0] = torch.nan
         os.kill(os.getpid(), signal.SIGTERM)
 
     at_update(monkeypatch, 1, spoil)
