@@ -5,11 +5,11 @@ denoiser learns to fill the masks in. Sampling starts from all masks and reveals
 Tokens revealed in one step are drawn independently, so few steps give incoherent text.
 
 DiDi-Instruct trains a few-step *student* whose samples, masked again, are distributed like a
-masked reference: it minimises the integral over t of w(t) KL(q_student(z_t) || q_reference(z_t)).
-Text is discrete, so the gradient is a policy gradient, whose reward comes from a discriminator.
-Label 1 stands for the reference: without label smoothing, at every position the best logit is the
-log density ratio of the whole z_t, r(z_t) = log q_reference(z_t) - log q_student(z_t), and the
-student ascends r.
+masked reference: it minimises the integral over t of w(t) KL(q_student(z_t) || q_reference(z_t)),
+w(t) = 1/t. Text is discrete, so the gradient is a policy gradient, whose reward comes from a
+discriminator. Label 1 stands for the reference. Without label smoothing, at every position the best
+logit is the log density ratio of the whole z_t, r(z_t) = log q_reference(z_t) - log q_student(z_t).
+The student ascends r. The numbered sections below are the steps of the README.
 
 x            clean token ids (B, L)
 z_t          x masked at level t (B, L)
@@ -44,8 +44,8 @@ def reveal_times(z, order):
 
     "random" draws them independently (MDLM, the paper). "interlaced" reveals neighbours at distant
     times, since they depend on each other most and tokens revealed together are drawn
-    independently. It takes van der Corput numbers; each text shifts them by a random number of
-    positions and adds a random u/M, which makes each time uniform.
+    independently. It takes the first M van der Corput numbers; each text shifts them by a random
+    number of positions and adds u/M, u uniform, which makes each time uniform.
     """
     B, L = z.shape
     if order == "random":
@@ -67,8 +67,7 @@ def forward_mask(x, t, mask_id, pad_id=-1, order="random"):
 
     This is the log-linear schedule of MDLM: alpha_t, the chance to be visible, is 1 - t.
     """
-    a = reveal_times(x, order)
-    hidden = a < column(t, x)  # (B, L)
+    hidden = reveal_times(x, order) < column(t, x)  # (B, L)
     return x.masked_fill(hidden & (x != pad_id), mask_id)
 
 
@@ -90,10 +89,11 @@ def predict(denoiser, z, where, temperature=1.0):
 def nelbo(denoiser, x, mask_id, pad_id=-1, t=None, order="random"):
     """Mask x (B, L) once at t (B,), drawn if None; return (bound, loss).
 
-    In random order bound estimates an upper bound on -log p(x | lengths), nats of all B texts:
+    In random order bound, the negative ELBO, estimates an upper bound on -log p(x | lengths), nats
+    of all B texts:
     E_t E_{z_t} (1/t) * sum over masked i of -log p(x_i | z_t). In another order it is no bound,
     since there the masks depend on each other. loss, which training descends, is the unweighted
-    mean over masks: the exact network minimises it, too, and it has less noise.
+    mean over masks: the exact network minimises it, too, and this loss has less noise.
     """
     if t is None:
         t = low_discrepancy_times(len(x), x.device)
@@ -140,7 +140,7 @@ def ancestral_step(denoiser, z, a, s, mask_id, temperature=1.0, choose=None):
     log_p_x = predict(denoiser, z_called, where, temperature)  # (n, V)
     z_s = z.clone()
     if choose is None:
-        z_s[called] = z_called.masked_scatter(where, draw(log_p_x))  # draws (n, 1), in order
+        z_s[called] = z_called.masked_scatter(where, draw(log_p_x))  # (n, 1), row by row
     else:
         z_s[called] = choose(z_called, where, log_p_x)
     return z_s, called
@@ -179,9 +179,9 @@ def sample(denoiser, z, steps, mask_id, temperature=1.0, order="interlaced", exp
 def predict_once(denoiser, z, where):
     """Return log_p_x (n, V) as `predict` does, but run the denoiser on the distinct rows of z.
 
-    A group begins with equal rows, all masks of one length: this saves most of the first step.
+    A group begins with equal rows, masks of one length: this saves most of the first step.
     """
-    distinct, index = z.unique(dim=0, return_inverse=True)  # (U, L), (B,)
+    distinct, index = z.unique(dim=0, return_inverse=True)  # U distinct rows (U, L), (B,)
     counts = torch.zeros(distinct.shape, device=z.device).index_add(0, index, where.float())
     needed = counts > 0  # (U, L): positions that any of the equal rows asks for
     log_p_x = predict(denoiser, distinct, needed)
@@ -193,14 +193,13 @@ def draw_levels(n, K, device=None):
     """Return random levels (K + 1, n), falling from 1 to 0 for each of n rollouts, tau and pi (n,).
 
     Each intermediate level is u times the one before, u uniform but clamped to [.02, .98], so that
-    no step is nearly empty. tau is the last of them and pi its density given the one before, but
-    for the clamp: 1 up to K = 2. A one-step rollout has no intermediate level; its tau is only the
-    level at which x is masked again.
+    no step is nearly empty. tau is the last of them; pi is its density given the one before, as if
+    u were not clamped: 1 if K <= 2. A one-step rollout has no intermediate level; its tau is only
+    the level at which x is masked again.
     """
     levels = [torch.ones(n, device=device)]
     for _ in range(max(K - 1, 1)):
-        u = torch.rand(n, device=device)
-        u = u.clamp(0.02, 0.98)
+        u = torch.rand(n, device=device).clamp(0.02, 0.98)
         levels.append(levels[-1] * u)
     tau = levels[-1]
     pi = 1 / levels[-2]
@@ -227,7 +226,7 @@ def rollout(student, z, levels, mask_id, order="interlaced", given=None, keep_st
             log_p_x = predict_once(student, z, masked)  # (n, V)
             states.append((z, log_p_x))
             revealed = reveal[masked]  # (n,) bool: which of the masks this step reveals
-            log_p_revealed = log_p_x[revealed]  # (m, V)
+            log_p_revealed = log_p_x[revealed]  # (m, V), m of them
         else:
             log_p_revealed = predict_once(student, z, reveal)
 
@@ -301,8 +300,8 @@ def reward(logits, is_text, clip=8.0):
 def grouped_advantage(r, G, eps=1e-4):
     """Return A = (r - mean)/(std + eps) (B,) for rewards r (B,).
 
-    The mean and the std are those of a group: G rewards that follow one another. No |A| is above
-    sqrt(G - 1), so that the paper's clip at 3 is not needed.
+    The mean and the std are those of a group: G rewards that follow one another. |A| is at most
+    sqrt(G - 1), so that up to G = 10 the paper's clip at 3 changes nothing.
     """
     groups = r.view(-1, G)
     groups = groups - groups[:, :1]  # equal rewards must give 0, however their mean is rounded
@@ -337,8 +336,8 @@ def regularisers(states, teacher, mask_id):
 @torch.no_grad()
 def update_ema(average, student, decay):
     """Move the weights of `average` in place: average = decay * average + (1 - decay) * student."""
-    for a, p in zip(average.parameters(), student.parameters()):
-        a.lerp_(p, 1 - decay)
+    for mean, p in zip(average.parameters(), student.parameters()):
+        mean.lerp_(p, 1 - decay)
 
 
 # ------------------------------------------------------- reward-guided ancestral sampler (RGAS)
@@ -367,15 +366,14 @@ def reranked(z, where, log_p_x, discriminator, pad_id, M):
     logits = discriminator(rows)
     r = reward(logits, rows != pad_id, clip=math.inf)  # clipped ones would tie
     choice = draw(F.log_softmax(r.view(B, M), -1))  # (B, 1)
-    first = torch.arange(0, B * M, M, device=z.device)  # the row of each text's first candidate
-    return rows[first + choice[:, 0]]
+    return candidates.take_along_dim(choice[:, None], 2)[..., 0]
 
 
 @torch.no_grad()
 def guided_sample(denoiser, discriminator, z, steps, mask_id, pad_id=-1, temperature=1.0, h=1.0,
                   M=4, switch=0.5, order="interlaced", exponent=1.5, on_step=None):
-    """Fill the masks of z (B, L): tilt in the first fraction `switch` of the steps, while most are
-    left, then re-rank, as in the paper.
+    """Fill the masks of z (B, L): tilt by h in the first fraction `switch` of the steps, while most
+    masks are left, then re-rank M candidates, as in the paper.
 
     Returns x (B, L), nfe (B,) and disc_calls (B,), the discriminator's passes: 1 (with a backward
     pass) to tilt, M to re-rank.

@@ -23,7 +23,7 @@ from model import (COUNT, FRACTION, NATURAL, POSITIVE, RANK, Discriminator, add_
 from train_teacher import validate
 
 PAPER = {
-    "order": "random", "grid": False, "K": 2, "coupled": True, "pi": True,
+    "order": "random", "grid": False, "K": 2, "coupled": True, "pi": True,  # pi is 1 if K <= 2
     "reference": "teacher", "temperature": 1.0, "kl": 0.1, "entropy": 0.01,
 }
 
@@ -46,14 +46,14 @@ def parse_flags(argv=None):
     add("--exponent", type=between(0.1, 10),
         help="of the time grid; None: 1.5 in interlaced order, 1 in random order")
     add("--grid", action=on_off, default=True,
-        help="levels of a rollout: the time grid; no: each is uniform below the one before")
+        help="levels of a rollout: the time grid; --no-grid: each is uniform below the one before")
     add("--K", type=NATURAL, default=4,
         help="steps of a rollout; 1: no intermediate-state matching")
 
     add = p.add_argument_group("2. noise and 3. discriminator").add_argument
     add("--reference", choices=("data", "teacher"), default="data", help="what gets label 1")
     add("--coupled", action=on_off, default=False,
-        help="mask x at tau, the last of random levels; no: at a level of its own")
+        help="mask x at tau, the last of random levels; --no-coupled: at a level of its own")
     add("--smoothing", type=between(0, 0.49), default=0.1, help="e: labels are 1 - e and e")
     add("--disc_blocks", type=COUNT, default=3, help="how many of its last blocks train")
     add("--disc_lr", type=POSITIVE, help="its learning rate; None: 10 times the student's")
@@ -61,7 +61,7 @@ def parse_flags(argv=None):
 
     add = p.add_argument_group("4. advantage and 5. student").add_argument
     add("--group_norm", action=on_off, default=True,
-        help="(reward - the group's mean)/std is the advantage; no: the reward")
+        help="(reward - the group's mean)/std is the advantage; --no-group_norm: the reward")
     add("--temperature", type=POSITIVE, default=0.8,
         help="the student starts as the teacher at this temperature")
     add("--w", action=on_off, default=True,
@@ -101,8 +101,7 @@ def rms_of_matrices(net):
 
     AdamW moves each weight by about the learning rate, so the default rate is a share of this.
     """
-    matrices = [p.flatten() for p in net.blocks.parameters() if p.dim() == 2]
-    weights = torch.cat(matrices)
+    weights = torch.cat([p.flatten() for p in net.blocks.parameters() if p.dim() == 2])
     return weights.square().mean().sqrt().item()
 
 
@@ -128,7 +127,7 @@ def main(argv=None):
     pad_id = teacher.config.pad_id
     groups = per_part("groups", args)
     G = args.G
-    B = groups * G  # of one process and part
+    B = groups * G  # of one process and part of --accumulate
     n = (groups + 1) // 2 * G  # texts that train the discriminator: half, or it learns too fast
     regularised = args.kl > 0 or args.entropy > 0
 
@@ -258,7 +257,7 @@ def main(argv=None):
         table = progress >= 1 or (moving and updates % args.eval_every == 0)
         if table and RANK == 0:
             since_table = (updates - 1) % args.eval_every + 1
-            passes = since_table * args.groups * G * (args.K + 1)
+            passes = since_table * args.groups * G * (args.K + 1)  # K steps, the discriminator
             row = {"step": step} | validate(average, data, device, passes)
             log(rows, bar, row, table=True)
         if table or stop:

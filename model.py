@@ -107,7 +107,7 @@ class Denoiser(nn.Module):
         angle = torch.outer(torch.arange(L), 1e4 ** (-torch.arange(half) / half))
         self.register_buffer("cos", angle.cos(), persistent=False)  # (L, D/H/2)
         self.register_buffer("sin", angle.sin(), persistent=False)
-        # all L, until train_teacher.py fills it
+        # every length is L, until train_teacher.py fills it
         self.register_buffer("lengths", F.one_hot(torch.tensor(L), L + 1).float())
 
         std = 0.57 / D ** 0.5  # .05 at D = 128 leaves the unigram plateau sooner; .02 at D = 768
@@ -205,7 +205,7 @@ def add_run_flags(p, out, eval_every):
     """Add the flags that both training scripts share."""
     add = p.add_argument_group("run").add_argument
     add("--minutes", type=POSITIVE,
-        help="train for this long instead; the schedule is fitted to it")
+        help="train for this long, not for --updates; the schedule is fitted to it")
     add("--accumulate", type=NATURAL, default=1,
         help="split each batch into this many parts to save memory; distilling the published MDLM "
              "with 16 samples per update takes 4 in 24 GB, 1 in 80 GB")
@@ -314,8 +314,8 @@ def log(rows, bar, row, table=False):
 def save(path, rows, nets, **about):
     """Write a checkpoint, whole or not at all, and its log, the rows, next to it as .jsonl.
 
-    `nets` maps names to modules and optimisers. Raises FloatingPointError if a weight is not
-    finite; the old file then stays.
+    `nets` maps names to modules and optimisers. Raises FloatingPointError if a weight of the
+    network or of its average is not finite; the old file then stays.
     """
     if RANK > 0:
         return

@@ -1,7 +1,7 @@
 """sample.py - write text with the student or the teacher, continue a prompt, fill gaps, watch.
 
     python sample.py --steps 8                               # 16 samples of out/student.pt
-    python sample.py --model out/teacher.pt --steps 64       # what the student learnt from
+    python sample.py --model out/teacher.pt --steps 64       # what the student started from
     python sample.py --prompt "def load(" --watch            # the text unmasks before your eyes
     python sample.py --infill "def get_????(self, ????):"    # each ? is one unknown character
 
@@ -115,7 +115,10 @@ def show(z, config, encoding):
 
 
 def load_discriminator(ckpt, path, net):
-    """Return a student's discriminator, frozen. Raises ValueError if the checkpoint has none."""
+    """Return a student's discriminator, in eval mode.
+
+    Raises ValueError if the checkpoint has none.
+    """
     if "disc" not in ckpt:
         raise ValueError(f"{path} has no discriminator, which --sampler rgas needs")
     disc = Discriminator(net).to(net.lengths.device)  # net gives the shape, restore the weights

@@ -42,12 +42,14 @@ def parse_flags(argv=None):
     p = make_parser(__doc__)
     add = p.add_argument_group("data and network").add_argument
     add("--data", default=corpus.DEFAULT, help="corpus folder, see data/README.md")
-    add("--causal", action="store_true", help="train the autoregressive baseline and judge instead")
+    add("--causal", action="store_true",
+        help="train the autoregressive baseline, which is also the judge")
     add("--size", choices=SIZES, default="nano", help="sets the defaults of the flags below")
     add("--n_layer", type=NATURAL, help="transformer blocks")
     add("--n_head", type=NATURAL, help="H, attention heads")
     add("--n_embd", type=NATURAL, help="D, width, a multiple of 2 H")
-    add("--length", type=NATURAL, help="L, tokens per sequence of packed text; rows set their own")
+    add("--length", type=NATURAL,
+        help="L, tokens per sequence of packed text; short texts set their own")
 
     add = p.add_argument_group("training").add_argument
     add("--order", choices=("interlaced", "random"), default="interlaced",
@@ -111,14 +113,14 @@ def bound_and_loss(model, x, order="random"):
     """Return (bound, loss) of x (B, L); the bound, nats of all texts, includes their lengths."""
     mask_id = model.config.mask_id
     pad_id = model.config.pad_id
-    text = x != pad_id  # (B, L)
     if model.config.causal:  # it predicts the first end, so that counts
         counted = corpus.until_end(x, pad_id)  # (B, L)
         nll = (causal_nll(model, x, mask_id) * counted).sum()
         return nll, nll / counted.sum()
 
     bound, loss = didi.nelbo(model, x, mask_id, pad_id, order=order)
-    p_length = model.lengths[text.sum(1)].clamp(min=1e-6)  # (B,)
+    length = (x != pad_id).sum(1)  # (B,)
+    p_length = model.lengths[length].clamp(min=1e-6)  # (B,)
     return bound - p_length.log().sum(), loss
 
 
