@@ -19,7 +19,7 @@ import didi
 from data import corpus
 from model import (COUNT, FRACTION, NATURAL, POSITIVE, RANK, Discriminator, add_run_flags, agree,
                    between, catch_signals, check_output, descend, fraction_done, load, log,
-                   make_parser, parse_run, per_part, restore, run, save, setup)
+                   make_bar, make_parser, parse_run, per_part, restore, run, save, setup)
 from train_teacher import validate
 
 PAPER = {
@@ -167,8 +167,7 @@ def main(argv=None):
     progress = fraction_done(args, step - args.disc_warmup, seconds)
     if progress >= 1:
         print(f"{args.out} is already trained: give more --updates or --minutes")
-    bar = tqdm(desc=args.out, total=args.disc_warmup + args.updates, initial=step,
-               disable=RANK > 0)
+    bar = make_bar(args, args.disc_warmup + args.updates, step)
     while progress < 1 and not stop:
         moving = step >= args.disc_warmup  # until then only the discriminator learns
 

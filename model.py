@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.parametrizations import spectral_norm
+from tqdm import tqdm
 
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -295,6 +296,13 @@ def descend(net, lr, *optimizers):
 
 
 # -------------------------------------------------------------------------- log and checkpoints
+def make_bar(args, total, step):
+    """Return a progress bar from step to total, or without an end if --minutes ends the run."""
+    if args.minutes is not None:
+        total = None
+    return tqdm(desc=args.out, total=total, initial=step, disable=RANK > 0)
+
+
 def log(rows, bar, row, table=False):
     """Append a row, a dict of numbers, to the log and show it; a table is printed above the bar.
 

@@ -13,13 +13,12 @@ import time
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import didi
 from data import corpus, quality
 from model import (COUNT, NATURAL, POSITIVE, RANK, Config, Denoiser, add_run_flags, agree,
-                   catch_signals, check_output, descend, fraction_done, log, make_parser, parse_run,
-                   per_part, restore, run, save, setup)
+                   catch_signals, check_output, descend, fraction_done, log, make_bar, make_parser,
+                   parse_run, per_part, restore, run, save, setup)
 
 SIZES = {
     "nano": {  # minutes on two CPU cores
@@ -136,7 +135,7 @@ def validate(net, data, device, passes):
     config = net.config
     num = min(max(passes // 100, 4), 256)
     x = data.held_out(num, config.length)
-    row = {"held_out": len(x), "samples": num // 2}
+    row = {"held_out": len(x)}
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(1234)
         text_tokens = (x != config.pad_id).sum().item()
@@ -146,6 +145,7 @@ def validate(net, data, device, passes):
         if config.causal:
             return row  # its sampling loop is in experiments/autoregressive.py
 
+        row["samples"] = num // 2
         z = net.start(net.draw_lengths(num // 2))
         for steps in (4, 8):
             how = {"steps": steps, "mask_id": config.mask_id,
@@ -205,7 +205,7 @@ def main(argv=None):
     progress = fraction_done(args, step, seconds)
     if progress >= 1:
         print(f"{args.out} is already trained: give more --updates or --minutes")
-    bar = tqdm(desc=args.out, total=args.updates, initial=step, disable=RANK > 0)
+    bar = make_bar(args, args.updates, step)
     while progress < 1 and not stop:
         # gradient of the mean over a batch
         for _ in range(args.accumulate):

@@ -11,10 +11,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 import torch
+from tqdm import tqdm
 
 import didi
 import distill
@@ -437,9 +439,13 @@ def killed_after(seconds, script, flags):
     before = os.path.exists("a.pt") and read("a.pt")["step"]
     child = os.fork()
     if child == 0:
-        call(script, f"{flags} --out a.pt")
-        os._exit(0)
+        tqdm.set_lock(threading.RLock())  # a child killed with the common lock would keep it
+        try:
+            call(script, f"{flags} --out a.pt")
+        finally:
+            os._exit(1)
     while not os.path.exists("a.pt") or read("a.pt")["step"] == before:
+        assert os.waitpid(child, os.WNOHANG) == (0, 0)  # it still runs
         time.sleep(0.01)
     time.sleep(seconds)
     os.kill(child, signal.SIGKILL)
