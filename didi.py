@@ -146,13 +146,10 @@ def ancestral_step(denoiser, z, a, s, mask_id, temperature=1.0, choose=None):
     return z_s, called
 
 
-EXPONENTS = {"interlaced": 1.5, "random": 1.0}  # of the time grid, best for each order
-
-
 def time_grid(steps, exponent=1.5):
     """Return times t_k = 1 - (k/steps)^exponent, k = 0 .. steps, from 1 to 0.
 
-    Above exponent 1 the first steps, which see little text, reveal less.
+    Above exponent 1 the first steps, which see little text, reveal less: better for short texts.
     """
     return [1 - (k / steps) ** exponent for k in range(steps + 1)]
 

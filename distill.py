@@ -44,7 +44,7 @@ def parse_flags(argv=None):
     add("--G", type=between(2, 2 ** 20, int), default=4, help="samples per group")
     add("--order", choices=("interlaced", "random"), default="interlaced", help="of revealing")
     add("--exponent", type=between(0.1, 10),
-        help="of the time grid; None: 1.5 in interlaced order, 1 in random order")
+        help="of the time grid; None: the teacher's; 1 if its order is another")
     add("--grid", action=on_off, default=True,
         help="levels of a rollout: the time grid; --no-grid: each is uniform below the one before")
     add("--K", type=NATURAL, default=4,
@@ -132,7 +132,7 @@ def main(argv=None):
     regularised = args.kl > 0 or args.entropy > 0
 
     if args.exponent is None:
-        args.exponent = didi.EXPONENTS[args.order]
+        args.exponent = teacher.config.sampling(args.order)["exponent"]
     torch.manual_seed(args.seed)
     pool = None
     if args.reference == "teacher":

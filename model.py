@@ -47,6 +47,13 @@ class Config:
         """Return the token that pads short texts, or -1 if text is packed."""
         return self.vocab_size - 1 if self.pads else -1
 
+    def sampling(self, order=None):
+        """Return {"order", "exponent"} for the functions of didi.py: the model's own if order is
+        None or its own, else that order on the even time grid."""
+        if order in (None, self.order):
+            return {"order": self.order, "exponent": self.exponent}
+        return {"order": order, "exponent": 1.0}
+
 
 def rotate(x, cos, sin):
     """Return x (B, H, L, D/H) with rotary position embedding (arXiv 2104.09864)."""

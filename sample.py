@@ -126,20 +126,13 @@ def load_discriminator(ckpt, path, net):
     return disc.eval()  # stops spectral norm's power iteration
 
 
-def order_of(config, order=None):
-    """Return {"order", "exponent"}: a model's own, or another order and its best exponent."""
-    if order is None or order == config.order:
-        return {"order": config.order, "exponent": config.exponent}
-    return {"order": order, "exponent": didi.EXPONENTS[order]}
-
-
 def write(args, net, disc, z, on_step):
     """Fill the masks of z (num, L), --batch texts at once, guided by disc unless it is None.
 
     Returns x (num, L), and the calls of the denoiser and of the discriminator (num,) each.
     """
     how = {"steps": args.steps, "mask_id": net.config.mask_id, "temperature": args.temperature,
-           "on_step": on_step, **order_of(net.config, args.order)}
+           "on_step": on_step, **net.config.sampling(args.order)}
     parts = []
     for part in tqdm(z.split(args.batch), unit="batch", delay=2, disable=args.watch):
         part = part.to(net.lengths.device)

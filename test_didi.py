@@ -334,6 +334,17 @@ def test_nelbo_is_the_weighted_sum_and_its_loss_the_mean_over_masks():
     assert torch.isclose(loss, nll.sum() / masked.sum())
 
 
+def test_nelbo_masks_in_the_order_given():
+    """At t = 1/2 an interlaced text of 2 tokens has exactly one mask."""
+    net = lookup(torch.randn(16, 2, V))
+    x = torch.zeros(100, 2, dtype=torch.long)
+
+    didi.nelbo(net, x, MASK, t=torch.full((100,), 0.5), order="interlaced")
+
+    z, = net.seen
+    assert ((z == MASK).sum(1) == 1).all()
+
+
 def test_nelbo_without_masks_is_0_and_so_is_its_slope():
     table = torch.randn(84, 3, V, requires_grad=True)
     net = lookup(table, row)
@@ -674,9 +685,9 @@ def test_the_few_step_likelihood_is_the_enumerated_one(order, steps):
     net = lookup(table, row)
     x = COMPLETE.repeat(4000, 1)
 
-    nll = didi.few_step_nll(net, x, steps, HIDDEN, PAD, order, exponent=1)
+    nll = didi.few_step_nll(net, x, steps, HIDDEN, PAD, order, exponent=2)
 
-    law = chain_of_lengths(table, grid(steps), order)[row(COMPLETE)]
+    law = chain_of_lengths(table, grid(steps, 2), order)[row(COMPLETE)]
     law = law / LENGTHS[(COMPLETE != PAD).sum(1)]
     p = (-nll).exp().view(4000, 39)
     for values, expected in zip(p.T, law):

@@ -42,10 +42,7 @@ ROWS = {
     "no grouped normalisation": "--no-group_norm",
     "teacher samples as the reference": "--reference teacher",
     "KL and entropy": "--kl .1 --entropy .01",
-    "begins at temperature 1": "--temperature 1",
-    "8 groups of 8": "--groups 8 --G 8",
-    "no smoothing": "--smoothing 0",
-    "400 updates": "--updates 400"}
+    "begins at temperature 1": "--temperature 1"}
 STEPS = (4, 8)
 KEPT = ("post", "judge_ppl", "tv", "js3", "nll", "entropy", "ks", "rare", "returns", "hints",
         "js2", "rep4")

@@ -13,7 +13,7 @@ from tqdm import tqdm
 import didi
 from experiments.autoregressive import autoregress
 from model import Denoiser, Discriminator, load
-from sample import load_discriminator, order_of
+from sample import load_discriminator
 
 KINDS = {"teacher": "teacher", "student": "student", "autoregressive": "causal"}  # of checkpoints
 
@@ -67,7 +67,7 @@ def fill(model, z, steps, temperature=1.0, order=None, guided=False):
         return x, nfe, torch.zeros_like(nfe)
 
     how = {"steps": steps, "mask_id": config.mask_id, "temperature": temperature,
-           **order_of(config, order)}
+           **config.sampling(order)}
     if guided:
         return didi.guided_sample(model.net, model.disc, z, pad_id=config.pad_id, **how)
     x, nfe = didi.sample(model.net, z, **how)

@@ -24,7 +24,6 @@ from data import corpus, quality
 from experiments import common
 from experiments.common import means, print_head, print_row
 from model import NATURAL, add_device_flags, make_parser, run, setup
-from sample import order_of
 from train_teacher import causal_nll
 
 STEPS = (2, 4, 8, 16)
@@ -189,7 +188,7 @@ def nll_per_token(model, x, batch, steps, order=None, temperature=1.0):
     def denoiser(z, where):
         return net(z, where) / temperature
 
-    how = order_of(net.config, order) | {"pad_id": net.config.pad_id}
+    how = net.config.sampling(order) | {"pad_id": net.config.pad_id}
     torch.manual_seed(0)
     nats = 0.0
     for part in x.split(batch):

@@ -368,6 +368,22 @@ def test_muon_is_torchs_but_for_its_precision(monkeypatch):
         assert (p != x).all()
 
 
+def test_every_other_batch_of_the_teacher_is_masked_in_the_samplers_order(tiny, monkeypatch):
+    real = didi.nelbo
+    orders = []
+
+    def watched(*inputs, order):
+        if torch.is_grad_enabled():  # not in a table
+            orders.append(order)
+        return real(*inputs, order=order)
+
+    monkeypatch.setattr(didi, "nelbo", watched)
+
+    call(train_teacher, f"{TEACH} --out a.pt")
+
+    assert orders == ["random", "interlaced"] * 2
+
+
 @pytest.mark.parametrize("passes, held_out, samples", [
     (0, 4, 2),
     (1000, 10, 5),
@@ -610,6 +626,28 @@ def test_an_everyday_mistake_is_one_line(tiny, capsys, script, flags, word):
 
 
 # ------------------------------------------------------------------------------------- sample.py
+@pytest.mark.parametrize("order, expected", [
+    (None, ("interlaced", 1.5)),
+    ("interlaced", ("interlaced", 1.5)),
+    ("random", ("random", 1.0))
+])
+def test_another_order_than_the_models_own_has_the_even_grid(order, expected):
+    config = model.Config(order="interlaced", exponent=1.5)
+
+    assert tuple(config.sampling(order).values()) == expected
+
+
+@pytest.mark.parametrize("flags, exponent", [("", 1.5), ("--order random", 1.0),
+                                             ("--data packed --length 8", 1.0)])
+def test_first_steps_reveal_less_in_short_texts_alone(tiny, flags, exponent):
+    ids = list(range(200))
+    corpus.write("packed", [("train", ids), ("val", ids)], "text", "bytes", 0, {})
+
+    call(train_teacher, f"{TEACH} --updates 1 {flags} --out a.pt")
+
+    assert read("a.pt")["config"]["exponent"] == exponent
+
+
 @pytest.mark.parametrize("flags, lengths", [
     ("", {1, 2, 5}),
     ("--prompt ab", {2, 5}),
