@@ -6,6 +6,7 @@ What the formulas compute is tested in test_didi.py.
 import copy
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -47,7 +48,7 @@ def call(script, flags):
 def toys(tmp_path_factory):
     """Make a folder with out/signatures of 80 lines, out/teacher.pt and out/student.pt, once."""
     folder = tmp_path_factory.mktemp("toys")
-    lines = [f"def f{i}(a, b={i}):" for i in range(80)]
+    lines = [f"def f{i}({'abcdefg'[:i % 7 + 1]}={i}):" for i in range(80)]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         corpus.write_rows(corpus.DEFAULT, lines, "signatures", "bytes", 24, {})
@@ -156,10 +157,10 @@ def update(monkeypatch, flags):
 
 def part_of(args, drawn, discs, i):
     """Return what part i of an update drew: the discriminator before its two passes, the states
-    z_1 .. x, the density pi of each group's tau, and both maskings; check their levels."""
+    z_1 .. x, the density pi of each group's tau, and both maskings; check lengths and levels."""
     calls = drawn["predict_once"][args.K * i:args.K * (i + 1)]
     z = [called[1] for called, _ in calls]
-    x = drawn["rollout"][i][1][0]
+    (_, z_1, levels, *_), (x, *_) = drawn["rollout"][i]
     of_x, of_ref = drawn["forward_mask"][2 * i:2 * i + 2]
     level = of_x[0][1]
     level_ref = of_ref[0][1]
@@ -167,6 +168,14 @@ def part_of(args, drawn, discs, i):
     if args.coupled:
         _, tau, pi = drawn["draw_levels"][i][1]
         assert torch.equal(level, tau.repeat_interleave(args.G))
+    if args.grid:
+        exponent = {"interlaced": 1.5, "random": 1}[args.order]
+        assert levels == [1 - (k / args.K) ** exponent for k in range(args.K + 1)]
+    else:
+        of_groups = drawn["draw_levels"][i][1][0]
+        assert torch.equal(levels, of_groups.repeat_interleave(args.G, 1))
+    first = z_1[::args.G]  # of each group
+    assert torch.equal(z_1, first.repeat_interleave(args.G, 0))
     assert of_x[0][0] is x
     assert torch.equal(level[:len(level_ref)], level_ref)
     return discs[2 * i:2 * i + 2], [*z, x], pi, of_x, of_ref
@@ -278,13 +287,19 @@ def test_a_flag_changes_the_student(tiny, flags):
     assert differing("a.pt", "out/student.pt")
 
 
-def test_uncoupled_levels_without_their_weight_are_uniform(tiny, monkeypatch):
-    _, (part,), _ = update(monkeypatch, "--groups 400 --no-w")
+UNDER_W = [1, *(math.log((k + 1) / k) for k in range(1, 10))]  # area in each tenth of [0, 1]
+
+
+@pytest.mark.parametrize("flags, area", [("--no-w", [1] * 10), ("", UNDER_W)])
+def test_uncoupled_levels_have_the_density_w_or_are_uniform(tiny, monkeypatch, flags, area):
+    p = torch.tensor(area) / sum(area)
+
+    _, (part,), _ = update(monkeypatch, f"--groups 400 {flags}")
 
     level = part[3][0][1]
     counts = torch.histc(level, 10, 0, 1) / 2  # levels of groups of two
     assert counts.sum() == 400
-    assert (counts - 40).abs().max() < 5 * 36**0.5
+    assert ((counts - 400 * p).abs() < 5 * (400 * p * (1 - p)).sqrt()).all()
 
 
 @pytest.mark.parametrize("T", [0.6, 2.0])
