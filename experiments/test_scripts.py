@@ -160,7 +160,7 @@ def part_of(args, drawn, discs, i):
     z_1 .. x, the density pi of each group's tau, and both maskings; check lengths and levels."""
     calls = drawn["predict_once"][args.K * i:args.K * (i + 1)]
     z = [called[1] for called, _ in calls]
-    (_, z_1, levels, *_), (x, *_) = drawn["rollout"][i]
+    (_, z_1, levels, _, order), (x, *_) = drawn["rollout"][i]
     of_x, of_ref = drawn["forward_mask"][2 * i:2 * i + 2]
     level = of_x[0][1]
     level_ref = of_ref[0][1]
@@ -168,6 +168,7 @@ def part_of(args, drawn, discs, i):
     if args.coupled:
         _, tau, pi = drawn["draw_levels"][i][1]
         assert torch.equal(level, tau.repeat_interleave(args.G))
+    assert order == args.order
     if args.grid:
         exponent = {"interlaced": 1.5, "random": 1}[args.order]
         assert levels == [1 - (k / args.K) ** exponent for k in range(args.K + 1)]
@@ -310,6 +311,15 @@ def test_the_student_begins_as_the_teacher_at_a_temperature(tiny, T):
     _, teacher = model.load("out/teacher.pt")
     z = teacher.start(teacher.draw_lengths(8))
     assert torch.allclose(student(z), teacher(z) / T, atol=1e-5)
+
+
+def test_without_decay_the_average_is_the_student(tiny):
+    call(distill, f"{DISTIL} --temperature 1 --ema 0 --out a.pt")
+
+    a = read("a.pt")
+    start = read("out/teacher.pt")["ema"]
+    assert all(torch.equal(a["ema"][name], p) for name, p in a["model"].items())
+    assert not torch.equal(a["ema"]["out.weight"], start["out.weight"])
 
 
 def test_learning_rates_are_in_the_measure_of_the_teachers_matrices():
