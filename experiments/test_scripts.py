@@ -651,17 +651,6 @@ def test_an_everyday_mistake_is_one_line(tiny, capsys, script, flags, word):
 
 
 # ------------------------------------------------------------------------------------- sample.py
-@pytest.mark.parametrize("order, expected", [
-    (None, ("interlaced", 1.5)),
-    ("interlaced", ("interlaced", 1.5)),
-    ("random", ("random", 1.0))
-])
-def test_another_order_than_the_models_own_has_the_even_grid(order, expected):
-    config = model.Config(order="interlaced", exponent=1.5)
-
-    assert tuple(config.sampling(order).values()) == expected
-
-
 @pytest.mark.parametrize("flags, exponent", [("", 1.5), ("--order random", 1.0),
                                              ("--data packed --length 8", 1.0)])
 def test_first_steps_reveal_less_in_short_texts_alone(tiny, flags, exponent):
