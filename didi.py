@@ -90,10 +90,9 @@ def nelbo(denoiser, x, mask_id, pad_id=-1, t=None, order="random"):
     """Mask x (B, L) once at t (B,), drawn if None; return (bound, loss).
 
     In random order bound, the negative ELBO, estimates an upper bound on -log p(x | lengths), nats
-    of all B texts:
-    E_t E_{z_t} (1/t) * sum over masked i of -log p(x_i | z_t). In another order it is no bound,
-    since there the masks depend on each other. loss, which training descends, is the unweighted
-    mean over masks: the exact network minimises it, too, and this loss has less noise.
+    of all B texts: E_t E_{z_t} (1/t) * sum over masked i of -log p(x_i | z_t). In another order it
+    is no bound, since there the masks depend on each other. loss, which training descends, is the
+    unweighted mean over masks: the exact network minimises it, too, and this loss has less noise.
     """
     if t is None:
         t = low_discrepancy_times(len(x), x.device)

@@ -126,23 +126,26 @@ def load_discriminator(ckpt, path, net):
     return disc.eval()  # stops spectral norm's power iteration
 
 
-def write(args, net, disc, z, on_step):
-    """Fill the masks of z (num, L), --batch texts at once, guided by disc unless it is None.
+def fill(net, disc, z, steps, temperature=1.0, order=None, on_step=None):
+    """Fill the masks of z (B, L), guided by disc unless it is None.
 
-    Returns x (num, L), and the calls of the denoiser and of the discriminator (num,) each.
+    Returns x (B, L), and the calls of the denoiser and of the discriminator (B,) each.
     """
-    how = {"steps": args.steps, "mask_id": net.config.mask_id, "temperature": args.temperature,
-           "on_step": on_step, **net.config.sampling(args.order)}
+    config = net.config
+    how = {"steps": steps, "mask_id": config.mask_id, "temperature": temperature,
+           "on_step": on_step, **config.sampling(order)}
+    if disc is not None:
+        return didi.guided_sample(net, disc, z, pad_id=config.pad_id, **how)
+    x, nfe = didi.sample(net, z, **how)
+    return x, nfe, torch.zeros_like(nfe)
+
+
+def write(args, net, disc, z, on_step):
+    """Return what `fill` does for z (num, L), --batch texts at once."""
     parts = []
     for part in tqdm(z.split(args.batch), unit="batch", delay=2, disable=args.watch):
         part = part.to(net.lengths.device)
-        if disc is None:
-            x, nfe = didi.sample(net, part, **how)
-            disc_calls = torch.zeros_like(nfe)
-        else:
-            x, nfe, disc_calls = didi.guided_sample(
-                net, disc, part, pad_id=net.config.pad_id, **how)
-        parts.append((x, nfe, disc_calls))
+        parts.append(fill(net, disc, part, args.steps, args.temperature, args.order, on_step))
     return map(torch.cat, zip(*parts))
 
 

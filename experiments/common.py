@@ -10,10 +10,9 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-import didi
+import sample
 from experiments.autoregressive import autoregress
 from model import Denoiser, Discriminator, load
-from sample import load_discriminator
 
 KINDS = {"teacher": "teacher", "student": "student", "autoregressive": "causal"}  # of checkpoints
 
@@ -33,7 +32,7 @@ def load_model(path, kind, device, bf16):
     ckpt, net = load(path, kind, device=device, bf16=bf16)
     model = Model(net, ckpt["tokenizer"], ckpt["flags"])
     if "disc" in ckpt:
-        model.disc = load_discriminator(ckpt, path, net)
+        model.disc = sample.load_discriminator(ckpt, path, net)
     return model
 
 
@@ -66,12 +65,8 @@ def fill(model, z, steps, temperature=1.0, order=None, guided=False):
         x, nfe = autoregress(model.net, len(z), config.pad_id, temperature)
         return x, nfe, torch.zeros_like(nfe)
 
-    how = {"steps": steps, "mask_id": config.mask_id, "temperature": temperature,
-           **config.sampling(order)}
-    if guided:
-        return didi.guided_sample(model.net, model.disc, z, pad_id=config.pad_id, **how)
-    x, nfe = didi.sample(model.net, z, **how)
-    return x, nfe, torch.zeros_like(nfe)
+    disc = model.disc if guided else None
+    return sample.fill(model.net, disc, z, steps, temperature, order)
 
 
 def write(model, num, steps, seed=0, batch=64, **how):

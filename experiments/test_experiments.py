@@ -202,6 +202,16 @@ def test_the_usual_sampler_draws_from_the_same_law_as_ours(steps):
 
 
 # ------------------------------------------------------------------------------ writing and results
+@pytest.mark.parametrize("seed, same", [(1, True), (2, False)])
+def test_the_seed_decides_what_is_written(folder, seed, same):
+    student = load("student")
+    x, _ = common.write(student, 5, 4, seed=1, batch=2)
+
+    other, _ = common.write(student, 5, 4, seed=seed, batch=2)
+
+    assert torch.equal(x, other) == same
+
+
 def test_a_run_is_added_beside_others(folder):
     zero = {"flags": {"seed": 0}}
     one = {"flags": {"seed": 1}}
@@ -552,6 +562,15 @@ def test_a_profile_is_written(folder):
     bench.main([*argv, f"--flags={SMALL}"])
 
     assert "aten::addmm" in (folder / "p.txt").read_text()
+
+
+def test_both_samplers_are_timed():
+    config = model.Config(11, 8, 1, 2, 8)
+
+    rows = bench.bench_sampler(None, torch.device("cpu"), False, config)
+
+    assert [r["steps"] for r in rows] == [8, 64]
+    assert min(r["ratio"] for r in rows) > 0
 
 
 def test_the_orders_are_drawn(folder):
