@@ -105,7 +105,8 @@ def causal_nll(model, x, mask_id):
     """Return -log p(x_i | x_1 .. x_{i-1}) (B, L), nats; the mask token stands before x_1."""
     z = F.pad(x[:, :-1], (1, 0), value=mask_id)
     logits = model(z).float()  # (B, L, V)
-    return F.cross_entropy(logits.transpose(1, 2), x, reduction="none")
+    nll = F.cross_entropy(logits.flatten(0, 1), x.flatten(), reduction="none")
+    return nll.view_as(x)
 
 
 def bound_and_loss(model, x, order="random"):

@@ -295,7 +295,7 @@ def test_rows_of_seeds_are_paired_by_what_they_are(folder, capsys):
         ["default", "1", "new", "random", "", "1.0", "0.900", "2.000"]]
 
 
-@pytest.mark.parametrize("name", ["nano", "protein", "text_cpu"])
+@pytest.mark.parametrize("name", ["nano", "protein", "text_bytes"])
 def test_the_results_in_git_have_tables(name, capsys):
     evaluate.main(["--table", f"{HERE}/results/{name}.json"])
 
