@@ -181,26 +181,26 @@ def predict_once(denoiser, z, where):
     counts = torch.zeros(distinct.shape, device=z.device).index_add(0, index, where.float())
     needed = counts > 0  # (U, L): positions that any of the equal rows asks for
     log_p_x = predict(denoiser, distinct, needed)
+    # row_of_log_p[u, i]: the row of log_p_x that belongs to position i of distinct row u
     row_of_log_p = needed.flatten().cumsum(0).view_as(distinct) - 1  # (U, L)
     return log_p_x.index_select(0, row_of_log_p[index][where])
 
 
 def draw_levels(n, K, device=None):
-    """Return random levels (K + 1, n), falling from 1 to 0 for each of n rollouts, tau and pi (n,).
+    """Return random levels (K + 1, n), falling from 1 to 0 for each of n rollouts, and tau (n,).
 
     Each intermediate level is u times the one before, u uniform but clamped to [.02, .98], so that
-    no step is nearly empty. tau is the last of them; pi is its density given the one before, as if
-    u were not clamped: 1 if K <= 2. A one-step rollout has no intermediate level; its tau is only
-    the level at which x is masked again.
+    no step is nearly empty. tau is the last of them. The paper divides the reward by tau's density
+    pi(tau), which is 1 for its two steps. A one-step rollout has no intermediate level; its tau is
+    only the level at which x is masked again.
     """
     levels = [torch.ones(n, device=device)]
     for _ in range(max(K - 1, 1)):
         u = torch.rand(n, device=device).clamp(0.02, 0.98)
         levels.append(levels[-1] * u)
     tau = levels[-1]
-    pi = 1 / levels[-2]
     levels = [*levels[:K], torch.zeros_like(tau)]  # [:K] leaves tau out if K is 1
-    return torch.stack(levels), tau, pi
+    return torch.stack(levels), tau
 
 
 def rollout(student, z, levels, mask_id, order="interlaced", given=None, keep_states=False):
@@ -245,8 +245,8 @@ def few_step_nll(denoiser, x, steps, mask_id, pad_id=-1, order="interlaced", exp
     Its mean over a is an upper bound on that sampler's -log p(x | length).
     """
     z = x.masked_fill(x != pad_id, mask_id)
-    times = time_grid(steps, exponent)
-    _, log_prob, _ = rollout(denoiser, z, times, mask_id, order, given=x)
+    levels = time_grid(steps, exponent)
+    _, log_prob, _ = rollout(denoiser, z, levels, mask_id, order, given=x)
     return -log_prob
 
 
@@ -278,7 +278,7 @@ def binary_cross_entropy(logits, is_text, label):
 
 
 def discriminator_loss(logits_ref, is_text_ref, logits, is_text, smoothing=0.0):
-    """Return the loss, nats, with label 1 for the reference; all four are (B, L).
+    """Return the loss, nats, with label 1 for the reference; each pair is (n, L).
 
     Smoothing e makes the labels 1 - e and e, which bounds the optimal |logit| by log((1 - e)/e).
     """
@@ -297,7 +297,9 @@ def grouped_advantage(r, G, eps=1e-4):
     """Return A = (r - mean)/(std + eps) (B,) for rewards r (B,).
 
     The mean and the std are those of a group: G rewards that follow one another. |A| is at most
-    sqrt(G - 1), so that up to G = 10 the paper's clip at 3 changes nothing.
+    sqrt(G - 1), so that up to G = 10 the paper's clip at 3 changes nothing. If a group's texts are
+    masked at one level t, dividing by std makes the gradients of all levels about equally large:
+    in effect the weight of a level is w(t)/std(t).
     """
     groups = r.view(-1, G)
     groups = groups - groups[:, :1]  # equal rewards must give 0, however their mean is rounded
@@ -330,9 +332,9 @@ def regularisers(states, teacher, mask_id):
 
 
 @torch.no_grad()
-def update_ema(average, student, decay):
-    """Move the weights of `average` in place: average = decay * average + (1 - decay) * student."""
-    for mean, p in zip(average.parameters(), student.parameters()):
+def update_ema(average, net, decay):
+    """Move the weights of `average` in place: average = decay * average + (1 - decay) * net."""
+    for mean, p in zip(average.parameters(), net.parameters()):
         mean.lerp_(p, 1 - decay)
 
 

@@ -23,8 +23,8 @@ from model import (COUNT, FRACTION, NATURAL, POSITIVE, RANK, Discriminator, add_
 from train_teacher import validate
 
 PAPER = {
-    "order": "random", "grid": False, "K": 2, "coupled": True, "pi": True,  # pi is 1 if K <= 2
-    "reference": "teacher", "temperature": 1.0, "kl": 0.1, "entropy": 0.01,
+    "order": "random", "grid": False, "K": 2, "coupled": True, "reference": "teacher",
+    "temperature": 1.0, "kl": 0.1, "entropy": 0.01,
 }
 
 
@@ -66,7 +66,6 @@ def parse_flags(argv=None):
         help="the student starts as the teacher at this temperature")
     add("--w", action=on_off, default=True,
         help="weight w(t) = min(1/t, 10) of level t; if not coupled, t has this density, scaled")
-    add("--pi", action=on_off, default=False, help="if coupled: divide by the density of tau")
     add("--kl", type=FRACTION, default=0.0,
         help="weight of KL(teacher at temperature 1 || student), per mask")
     add("--entropy", type=FRACTION, default=0.0, help="weight of the entropy bonus, per mask")
@@ -128,7 +127,7 @@ def main(argv=None):
     groups = per_part("groups", args)
     G = args.G
     B = groups * G  # of one process and part of --accumulate
-    n = (groups + 1) // 2 * G  # texts that train the discriminator: half, or it learns too fast
+    half = B // 2  # texts that train the discriminator: with all of them it learns too fast
     regularised = args.kl > 0 or args.entropy > 0
 
     if args.exponent is None:
@@ -178,7 +177,7 @@ def main(argv=None):
             if args.grid:
                 levels = didi.time_grid(args.K, args.exponent)
             else:
-                levels, tau, pi = didi.draw_levels(groups, args.K, device)  # the last two (groups,)
+                levels, tau = didi.draw_levels(groups, args.K, device)  # tau (groups,)
                 levels = levels.repeat_interleave(G, dim=1)  # (K + 1, B)
             with torch.set_grad_enabled(moving):
                 x, log_prob, states = didi.rollout(
@@ -190,31 +189,29 @@ def main(argv=None):
                 level = tau
                 if args.w:
                     w = didi.weight(tau)
-                if args.pi:
-                    w = w / pi
-            elif args.w:  # as the density of the level: the weight stays 1
+            elif args.w:  # a density proportional to w instead of a weight
                 level = didi.draw_weighted_levels(groups, device)
             else:
                 level = torch.rand(groups, device=device)
             level = level.repeat_interleave(G)  # (B,)
             w = w.repeat_interleave(G)  # (B,)
             if pool is None:
-                x_ref = data.batch(n, teacher.config.length, device)  # (n, L), of other lengths
+                x_ref = data.batch(half, teacher.config.length, device)  # (half, L)
             else:
-                x_ref = pool[torch.randint(len(pool), (n,), device=device)]
+                x_ref = pool[torch.randint(len(pool), (half,), device=device)]
             z = didi.forward_mask(x, level, mask_id, pad_id, "random")
-            z_ref = didi.forward_mask(x_ref, level[:n], mask_id, pad_id, "random")
+            z_ref = didi.forward_mask(x_ref, level[:half], mask_id, pad_id, "random")
 
             # 3. Discriminator: label 1 on the reference
             is_text = x != pad_id  # (B, L)
-            is_text_ref = x_ref != pad_id  # (n, L)
-            logits_half, logits_ref = disc(torch.cat((z[:n], z_ref))).split(n)  # (n, L) each
-            disc_loss = didi.discriminator_loss(logits_ref, is_text_ref, logits_half, is_text[:n],
-                                                args.smoothing)
+            is_text_ref = x_ref != pad_id  # (half, L)
+            logits_first, logits_ref = disc(torch.cat((z[:half], z_ref))).split(half)  # (half, L)
+            disc_loss = didi.discriminator_loss(
+                logits_ref, is_text_ref, logits_first, is_text[:half], args.smoothing)
             (disc_loss / args.accumulate).backward()
             with torch.no_grad():
-                logits_rest = disc(z[n:])
-            logits = torch.cat((logits_half, logits_rest))  # (B, L)
+                logits_rest = disc(z[half:])  # for their reward alone
+            logits = torch.cat((logits_first, logits_rest))  # (B, L)
 
             # 4. Reward, from the discriminator before its step; advantage within groups
             r = didi.reward(logits, is_text)  # (B,)
@@ -224,7 +221,8 @@ def main(argv=None):
 
             # 5. Student: policy gradient, KL to the teacher, entropy bonus
             if moving:
-                loss = didi.policy_loss(log_prob, advantage, w, is_text.sum() / B)
+                mean_length = is_text.sum() / B
+                loss = didi.policy_loss(log_prob, advantage, w, mean_length)
                 if regularised:
                     kl, entropy = didi.regularisers(states, teacher, mask_id)
                     loss = loss + args.kl * kl - args.entropy * entropy
@@ -237,12 +235,12 @@ def main(argv=None):
             didi.update_ema(average, student, args.ema)
         step += 1
 
-        # log, table, checkpoint
+        # log (of this process's last part), table, checkpoint
         seconds, stop = agree(time.perf_counter() - begin, signals[-1])
         updates = step - args.disc_warmup
         progress = fraction_done(args, updates, seconds)
         r_ref = didi.reward(logits_ref, is_text_ref)
-        correct = torch.cat((r_ref > 0, r[:n] < 0)).float()
+        correct = torch.cat((r_ref > 0, r[:half] < 0)).float()
         spread = r.view(-1, G).std(1, correction=0)
         row = {"step": step, "seconds": seconds, "disc_loss": disc_loss.item(),
                "disc_acc": correct.mean().item(), "disc_norm": disc_norm,
@@ -263,6 +261,8 @@ def main(argv=None):
             save(args.out, rows, nets, kind="student", config=vars(average.config),
                  tokenizer=data.tokenizer, flags=vars(args), step=step, seconds=seconds)
     bar.close()
+    if step <= args.disc_warmup and not stop:
+        print("only the discriminator has learnt: give more --minutes or less --disc_warmup")
     return int(stop)
 
 

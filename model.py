@@ -232,7 +232,8 @@ def parse_run(p, argv):
 
     ckpt, _ = load(args.out)
     flags = ckpt["flags"] | {"out": args.out}
-    if args.updates != p.get_default("updates"):
+    p.set_defaults(updates=None)
+    if p.parse_args(argv).updates is not None:
         flags["minutes"] = None  # a new limit wins
     p.set_defaults(**flags)
     return p.parse_args(argv), ckpt
@@ -361,7 +362,7 @@ def load(path, *kinds, device="cpu", bf16=False):
         raise ValueError(f"{path} does not exist: make it first, see README.md") from None
     except Exception as e:  # a foreign file can fail in any way
         raise ValueError(f"{path} is not a checkpoint of this version ({type(e).__name__}): "
-                         "make it again") from None
+                         "delete it and make it again") from None
 
     if kinds and kind not in kinds:
         raise ValueError(f"{path} holds a {kind}, but a {kinds[0]} is needed here")
@@ -388,7 +389,7 @@ def restore(ckpt, path, nets):
 
 
 def check_output(path, kind, data):
-    """Make the folder of `path`, and refuse to write over another run.
+    """Make the folder of `path`, and refuse to write over a checkpoint of another kind or corpus.
 
     Raises ValueError if `path` exists, but is no checkpoint of this kind and corpus folder `data`.
     """

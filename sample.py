@@ -1,7 +1,7 @@
 """sample.py - write text with the student or the teacher, continue a prompt, fill gaps, watch.
 
     python sample.py --steps 8                               # 16 samples of out/student.pt
-    python sample.py --model out/teacher.pt --steps 64       # what the student started from
+    python sample.py --model out/teacher.pt --steps 64       # 16 of the teacher
     python sample.py --prompt "def load(" --watch            # the text unmasks before your eyes
     python sample.py --infill "def get_????(self, ????):"    # each ? is one unknown character
 
@@ -63,7 +63,7 @@ def given_tokens(args, encoding, mask_id):
             if set(piece) - set(corpus.AMINO_ACIDS):
                 raise ValueError(f"{piece!r} is not a protein: use only {corpus.AMINO_ACIDS}")
         ids += [*encoding.encode_ordinary(piece), mask_id]
-    return ids[:-1]
+    return ids[:-1]  # a mask stands between two pieces
 
 
 def start_states(args, net, ids):
@@ -77,7 +77,7 @@ def start_states(args, net, ids):
     length = args.length
     if not net.config.pads and length is not None:
         raise ValueError("--length: packed text always fills its passage")
-    if net.config.pads and args.infill is not None:
+    if net.config.pads and args.infill is not None and length is None:
         length = least
     if length is None:
         shares = net.lengths.cpu()  # (L + 1,)
@@ -100,6 +100,8 @@ def printable(text, keep=""):
 
 def show(z, config, encoding):
     """Print the states z (B, L), one line each, with a block for each mask."""
+    if sys.stdout.isatty():
+        print("\x1b[H\x1b[J", end="")  # clear the screen: each frame replaces the one before
     for ids in z.tolist():
         line = ""
         for token in ids:
@@ -109,9 +111,8 @@ def show(z, config, encoding):
                 line += encoding.decode([token])
         print(printable(line))
     print(flush=True)
-    if sys.stdout.isatty():  # the next frame overwrites this one
+    if sys.stdout.isatty():
         time.sleep(0.3)
-        print(f"\x1b[{len(z) + 1}A", end="")
 
 
 def load_discriminator(ckpt, path, net):

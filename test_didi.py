@@ -500,7 +500,7 @@ def test_the_denoiser_is_called_where_tokens_appear_and_nowhere_else(written):
 # ---------------------------------------------------------------------------------------- rollout
 @pytest.mark.parametrize("K", [1, 2, 3])
 def test_levels_fall_from_1_to_0(K):
-    levels, _, _ = didi.draw_levels(4000, K)
+    levels, _ = didi.draw_levels(4000, K)
 
     assert levels.shape == (K + 1, 4000)
     assert (levels[0] == 1).all()
@@ -509,17 +509,16 @@ def test_levels_fall_from_1_to_0(K):
 
 
 @pytest.mark.parametrize("K", [1, 2, 3])
-def test_tau_is_uniform_below_the_level_before_and_pi_its_density(K):
-    levels, tau, pi = didi.draw_levels(40000, K)
+def test_tau_is_uniform_below_the_level_before(K):
+    levels, tau = didi.draw_levels(40000, K)
 
     above = levels[max(K - 2, 0)]
     assert K == 1 or torch.equal(tau, levels[-2])
     check_uniform(tau / above)
-    assert torch.allclose(pi, 1 / above)
 
 
 def test_no_level_is_nearly_the_one_before_or_nearly_nothing():
-    levels, tau, _ = didi.draw_levels(4000, 3)
+    levels, tau = didi.draw_levels(4000, 3)
 
     for share in (levels[1], tau / levels[1]):
         assert share.min() == pytest.approx(0.02)
@@ -826,10 +825,10 @@ def train_student(references, sign):
     disc_opt = torch.optim.Adam([disc], 0.1)
 
     for x_ref in references:
-        levels, tau, pi = didi.draw_levels(64, 2)
+        levels, tau = didi.draw_levels(64, 2)
         levels = levels.repeat_interleave(4, 1)
         tau = tau.repeat_interleave(4)
-        w = didi.weight(tau) / pi.repeat_interleave(4)
+        w = didi.weight(tau)
         x, log_prob, _ = didi.rollout(
             lookup(student), masks(256, 2), levels, MASK, "random"
         )

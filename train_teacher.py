@@ -131,7 +131,7 @@ def validate(net, data, device, passes):
     The bound includes the text's length, nll@N does not.
 
     passes is the number of sequences that passed the network since the last table. If they are few,
-    fewer are measured, so that a table takes at most a tenth of the time.
+    fewer are measured, so that a table takes about a tenth of the time, or less.
     """
     config = net.config
     num = min(max(passes // 100, 4), 256)
@@ -211,17 +211,19 @@ def main(argv=None):
         print(f"{args.out} is already trained: give more --updates or --minutes")
     bar = make_bar(args, args.updates, step)
     while progress < 1 and not stop:
-        # gradient of the mean over a batch
+        # gradient of the loss, a mean over parts; every other batch prepares for random order,
+        # which prompts and gaps need, too
+        order = ("random", args.order)[step % 2]
         for _ in range(args.accumulate):
             x = data.batch(B, L, device)  # (B, L)
-            _, loss = bound_and_loss(model, x, ("random", args.order)[step % 2])
+            _, loss = bound_and_loss(model, x, order)
             (loss / args.accumulate).backward()
 
         # step; the learning rate warms up, then falls to a tenth along a cosine
         warm = min((step + 1) / max(args.warmup, 1), 1)
         lr = args.lr * warm * (0.55 + 0.45 * math.cos(math.pi * progress))
         norm = descend(model, lr, muon, adamw)
-        decay = min(0.995, (step + 1) / (step + 10))
+        decay = min(0.995, (step + 1) / (step + 10))  # at first it forgets faster
         didi.update_ema(average, model, decay)
         step += 1
 

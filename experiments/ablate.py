@@ -21,11 +21,11 @@ from model import COUNT, NATURAL, add_device_flags, make_parser, run, setup
 # flags of distill.py; adjacent rows that differ only in the sampler share a run
 ROWS = {
     # as in the paper's table and setting: each row adds one component to the row before
-    "none": "--paper --K 1 --no-coupled --no-w --no-pi --kl 0 --entropy 0 --no-group_norm",
+    "none": "--paper --K 1 --no-coupled --no-w --kl 0 --entropy 0 --no-group_norm",
     "+ intermediate-state matching":
-        "--paper --no-coupled --no-w --no-pi --kl 0 --entropy 0 --no-group_norm",
-    "+ coupled time": "--paper --no-w --no-pi --kl 0 --entropy 0 --no-group_norm",
-    "+ w(t) and pi(t), which is 1": "--paper --kl 0 --entropy 0 --no-group_norm",
+        "--paper --no-coupled --no-w --kl 0 --entropy 0 --no-group_norm",
+    "+ coupled time": "--paper --no-w --kl 0 --entropy 0 --no-group_norm",
+    "+ weight w(t)": "--paper --kl 0 --entropy 0 --no-group_norm",
     "+ KL and entropy": "--paper --no-group_norm",
     "+ grouped normalisation": "--paper",
     "+ guided sampler": "--paper",

@@ -158,20 +158,19 @@ def update(monkeypatch, flags):
 
 def part_of(args, drawn, discs, i):
     """Return what part i of an update drew: the discriminator before its two passes, the states
-    z_1 .. x, the density pi of each group's tau, and both maskings; check lengths and levels."""
+    z_1 .. x, and both maskings; check lengths and levels."""
     calls = drawn["predict_once"][args.K * i:args.K * (i + 1)]
     z = [called[1] for called, _ in calls]
     (_, z_1, levels, _, order, _), (x, *_) = drawn["rollout"][i]
     of_x, of_ref = drawn["forward_mask"][2 * i:2 * i + 2]
     level = of_x[0][1]
     level_ref = of_ref[0][1]
-    pi = None
     assert order == args.order
     if args.grid:
         exponent = 1 if args.order == "random" else 1.5
         assert levels == [1 - (k / args.K) ** exponent for k in range(args.K + 1)]
     else:
-        of_groups, tau, pi = drawn["draw_levels"][i][1]
+        of_groups, tau = drawn["draw_levels"][i][1]
         assert torch.equal(levels, of_groups.repeat_interleave(args.G, 1))
     if args.coupled:
         assert torch.equal(level, tau.repeat_interleave(args.G))
@@ -180,10 +179,10 @@ def part_of(args, drawn, discs, i):
     assert torch.equal(z_1, z_1[::args.G].repeat_interleave(args.G, 0))
     assert of_x[0][0] is x
     assert torch.equal(level[:len(level_ref)], level_ref)
-    return discs[2 * i:2 * i + 2], [*z, x], pi, of_x, of_ref
+    return discs[2 * i:2 * i + 2], [*z, x], of_x, of_ref
 
 
-def advantage_by_hand(args, r, level, pi):
+def advantage_by_hand(args, r, level):
     """Return A * w (B,) for rewards r (B,) at these levels."""
     A = r
     if args.group_norm:
@@ -194,8 +193,6 @@ def advantage_by_hand(args, r, level, pi):
         A = A.flatten()
     if args.w and args.coupled:
         A = A * torch.tensor([min(1 / t, 10) for t in level.tolist()])
-    if args.pi and args.coupled:
-        A = A / pi.repeat_interleave(args.G)
     return A
 
 
@@ -248,8 +245,9 @@ def assert_near(gradients, net):
 
 def part_by_hand(args, disc, student, part):
     """Return the losses (discriminator's, student's) of one part of an update."""
-    (first, second), states, pi, ((x, level, *_), z), ((x_ref, *_), z_ref) = part
-    n = z_ref.shape[0]  # half of the groups train the discriminator
+    (first, second), states, ((x, level, *_), z), ((x_ref, *_), z_ref) = part
+    n = len(x) // 2  # half of the texts train the discriminator
+    assert len(z_ref) == n
     disc.load_state_dict(first.state_dict())
 
     logits = disc(torch.cat((z[:n], z_ref)))
@@ -258,16 +256,16 @@ def part_by_hand(args, disc, student, part):
 
     logits = torch.cat((logits[:n], second(z[n:])))
     r = means_by_hand(logits, x).detach()
-    weights = advantage_by_hand(args, r, level, pi)
+    weights = advantage_by_hand(args, r, level)
     return disc_loss, student_loss_by_hand(args, student, states, weights)
 
 
 @pytest.mark.parametrize("flags", [
     "",
-    "--coupled --G 4 --K 2 --w --pi --kl .5 --smoothing .2 --no-grid",
+    "--coupled --G 4 --K 2 --w --kl .5 --smoothing .2 --no-grid",
     "--K 1 --no-group_norm --order random",
-    "--no-grid --pi --entropy .3 --smoothing 0",
-    "--accumulate 2 --pi --K 3 --coupled --no-grid --no-w"
+    "--no-grid --entropy .3 --smoothing 0",
+    "--accumulate 2 --K 3 --coupled --no-grid --no-w"
 ])
 def test_an_update_is_the_algorithm_by_hand(tiny, monkeypatch, flags):
     """Compare the gradients of both networks, from the states that the update drew."""
@@ -292,7 +290,7 @@ def test_a_flag_changes_the_student(tiny, flags):
 def test_uncoupled_levels_without_their_weight_are_uniform(tiny, monkeypatch):
     _, (part,), _ = update(monkeypatch, "--groups 400 --no-w")
 
-    level = part[3][0][1]
+    level = part[2][0][1]
     counts = torch.histc(level, 10, 0, 1) / 2  # levels of groups of two
     assert counts.sum() == 400
     assert (counts - 40).abs().max() < 5 * 36**0.5
