@@ -66,7 +66,7 @@ def parse_flags(argv=None):
 def distil(args, seed, flags):
     """Run distill.py with these flags. Raises ValueError if it fails; it has printed why."""
     command = [sys.executable, distill.__file__, *args.flags.split(), *flags.split()]
-    command += ["--device", args.device, "--seed", str(seed), "--eval_every", "1000000"]
+    command += [*common.machine_flags(args), "--seed", str(seed), "--eval_every", "1000000"]
     command += ["--teacher", args.teacher.replace("{seed}", str(seed)), "--out", args.out]
     if subprocess.run(command).returncode:
         raise ValueError(f"this run failed, see above: {' '.join(command[1:])}")

@@ -1,18 +1,13 @@
-"""autoregressive.py - the baseline: one token at a time, with a key-value cache.
-
-    python train_teacher.py --causal                         # makes out/causal.pt
-    python -m experiments.autoregressive --num 16            # 16 samples of it
+"""autoregressive.py - how the baseline writes: one token at a time, with a key-value cache.
 
 The scripts at the top only train a causal model, and judging needs no cache. Left out on purpose:
-prompts, top-k and top-p; comparisons vary --temperature alone.
+prompts, top-k and top-p; comparisons vary the temperature alone.
 """
 import torch
 import torch.nn.functional as F
 
 import didi
-from data import corpus
-from model import NATURAL, POSITIVE, add_device_flags, load, make_parser, rotate, run, setup
-from sample import printable
+from model import rotate
 
 
 def new_cache(net, B):
@@ -83,26 +78,3 @@ def autoregress(net, B, pad_id, temperature=1.0):
         if not going.any():
             break
     return x, nfe
-
-
-def main(argv=None):
-    p = make_parser(__doc__)
-    add = p.add_argument
-    add("--model", default="out/causal.pt", help="checkpoint of train_teacher.py --causal")
-    add("--num", type=NATURAL, default=16, help="number of texts, all at once")
-    add("--temperature", type=POSITIVE, default=1.0, help="divides the logits")
-    add_device_flags(p)
-    args = p.parse_args(argv)
-
-    device, bf16 = setup(args)
-    ckpt, net = load(args.model, "causal", device=device, bf16=bf16)
-    x, nfe = autoregress(net, args.num, net.config.pad_id, args.temperature)
-    calls = nfe.float().mean()
-    print(f"{args.model}: T {args.temperature:g}; per text {calls:.2f} network calls")
-    for text in corpus.decode(x, ckpt["tokenizer"], packed=not net.config.pads):
-        print(printable(text))
-    return 0
-
-
-if __name__ == "__main__":
-    run(main)

@@ -67,7 +67,7 @@ def bench_training(args, device, bf16):
     A training step has its TFLOP/s, too, a GPU the most memory that was used, in GiB.
     """
     script = train_teacher
-    flags = [*args.flags.split(), "--device", args.device]
+    flags = [*args.flags.split(), *common.machine_flags(args)]
     flags += ["--updates", str(args.times + 5)]  # the first are slower
     if args.what == "distillation":
         script = distill

@@ -17,6 +17,16 @@ from model import Denoiser, Discriminator, load
 KINDS = {"teacher": "teacher", "student": "student", "autoregressive": "causal"}  # of checkpoints
 
 
+def machine_flags(args):
+    """Return the flags, a list, that give a script of the top folder our --device and --bf16."""
+    flags = ["--device", args.device]
+    if args.bf16:
+        flags.append("--bf16")
+    elif args.bf16 is not None:
+        flags.append("--no-bf16")
+    return flags
+
+
 # ----------------------------------------------------------------------------------------- models
 @dataclass
 class Model:

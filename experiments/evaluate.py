@@ -200,10 +200,6 @@ def nll_per_token(model, x, batch, steps, order=None, temperature=1.0):
 def measure(about, x, data, judge):
     """Return a table row: `about`, a dict that describes texts x (N, L), and all their measures."""
     row = about | quality.quality(x, data)
-    row["samples"] = len(x)
-    if "valid" in row:
-        valid = row["valid"]
-        row["valid_se"] = math.sqrt(valid * (1 - valid) / len(x))
     if judge is not None:
         row["judge_ppl"] = judge(x)
     if about.get("T", 1) == 1:
@@ -251,12 +247,12 @@ def measured(rows, names=DIGITS):
     return {name: DIGITS[name] for name in names if name in found}
 
 
-def at_one(rows, name, order, steps, column):
-    """Return `column` of a model at temperature 1; NaN if not measured."""
+def student_row(rows, steps):
+    """Return the student's row at temperature 1, or {} if it was not measured."""
     for row in rows:
-        if key(row) == (name, order, steps, 1):
-            return row.get(column, math.nan)
-    return math.nan
+        if (row["row"], row.get("steps"), row.get("T")) == ("student", steps, 1):
+            return row
+    return {}
 
 
 def curve(rows, name, order, steps, x, column):
@@ -299,21 +295,13 @@ def print_means(results):
             print_row(label, len(rows), *about, *means(rows, columns))
 
 
-def students_order(rows):
-    """Return the order in which a run's student writes, or None without a student."""
-    for row in rows:
-        if row["row"] == "student":
-            return row.get("order")
-    return None
-
-
 def equal_row(rows, model, order, steps, x, columns):
     """Return {column: value} of the student, or of the teacher where its measure x is the
     student's."""
-    student = ("student", students_order(rows), steps)
+    student = student_row(rows, steps)
     if model == "student":
-        return {column: at_one(rows, *student, column) for column in columns}
-    goal = at_one(rows, *student, x)
+        return {column: student.get(column, math.nan) for column in columns}
+    goal = student.get(x, math.nan)
     return {column: at_equal(rows, model, order, steps, x, goal, column) for column in columns}
 
 
@@ -375,6 +363,8 @@ def main(argv=None):
         print_tables(args.table, args.plot)
         return 0
 
+    if args.plot is not None:
+        raise ValueError("--plot draws a --table: measure first, with --json")
     if args.json is not None:
         common.read_results(args.json)  # fails now, not after minutes, if it is another file
     device, bf16 = setup(args)

@@ -581,13 +581,6 @@ def test_the_orders_are_drawn(folder):
     assert (folder / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_autoregressive_command_prints_its_texts(folder, capsys):
-    call(autoregressive, f"{ON_CPU} --num 3")
-
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.isprintable() for line in lines] == [True] * 4
-
-
 # ------------------------------------------------------------------------------ the shell scripts
 class Parsed(Exception):
     pass

@@ -527,7 +527,7 @@ def test_weights_that_are_not_finite_are_not_saved(
 def test_a_loss_that_is_not_finite_ends_the_run(tiny, capsys):
     complaint = refused(train_teacher, f"{TEACH} --lr 1e6 --updates 99", capsys)
 
-    assert "lower --lr" in complaint or "diverged" in complaint
+    assert "lower --lr" in complaint
 
 
 DRIVER = """
@@ -652,7 +652,8 @@ def test_first_steps_reveal_less_in_short_texts_alone(tiny, flags, exponent):
     ("", {1, 2, 5}),
     ("--prompt ab", {2, 5}),
     ("--prompt ab --length 8", {8}),
-    ("--infill a?b", {3})
+    ("--infill a?b", {3}),
+    ("--infill a?b --length 8", {8})
 ])
 def test_a_text_has_the_length_given_or_one_of_the_training_texts_with_room(flags, lengths):
     config = model.Config(length=8, n_layer=1, n_head=1, n_embd=8, pads=True)
