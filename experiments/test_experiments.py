@@ -375,6 +375,7 @@ MISTAKES = {
     "--student out/teacher.pt": "out/teacher.pt holds a teacher",
     "--student out/long.pt": "out/long.pt, out/causal.pt differ",
     "--data none": "none",
+    "--plot p.png": "--table",
     "--data longer": "does not fit out/",
     "--json corpus/meta.json": "meta.json is not an experiment",
     "--table corpus/train.bin": "train.bin is not an experiment",
@@ -502,6 +503,13 @@ def test_an_ablation_goes_on_where_it_was(ablation):
     ablate.main(ABLATE)
 
     assert [command.count("--K") for command in ablation] == [1]
+
+
+@pytest.mark.parametrize("flags", ["", "--bf16", "--no-bf16"])
+def test_a_run_computes_as_its_measures_do(flags):
+    args = bench.parse_flags(["training", *flags.split()])
+
+    assert common.machine_flags(args) == ["--device", "auto", *flags.split()]
 
 
 def test_the_ablation_in_git_has_a_table(capsys):

@@ -452,6 +452,12 @@ def test_a_resumed_run_says_when_its_time_is_over_and_takes_new_limits(
     assert read("a.pt")["step"] > steps
 
 
+def test_a_run_too_short_for_the_student_says_so(tiny, capsys):
+    call(distill, f"{DISTIL} --minutes 1e-4 --disc_warmup 99 --out a.pt")
+
+    assert "only the discriminator has learnt" in capsys.readouterr().out
+
+
 def test_what_is_ignored_stays_ignored():
     real = signal.signal(signal.SIGINT, signal.SIG_IGN)
 
