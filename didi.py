@@ -172,20 +172,6 @@ def sample(denoiser, z, steps, mask_id, temperature=1.0, order="interlaced", exp
 
 
 # ------------------------------------------------------ 1. rollout with intermediate-state matching
-def predict_once(denoiser, z, where):
-    """Return log_p_x (n, V) as `predict` does, but run the denoiser on the distinct rows of z.
-
-    A group begins with equal rows, masks of one length: this saves most of the first step.
-    """
-    distinct, index = z.unique(dim=0, return_inverse=True)  # U distinct rows (U, L), (B,)
-    counts = torch.zeros(distinct.shape, device=z.device).index_add(0, index, where.float())
-    needed = counts > 0  # (U, L): positions that any of the equal rows asks for
-    log_p_x = predict(denoiser, distinct, needed)
-    # row_of_log_p[u, i]: the row of log_p_x that belongs to position i of distinct row u
-    row_of_log_p = needed.flatten().cumsum(0).view_as(distinct) - 1  # (U, L)
-    return log_p_x.index_select(0, row_of_log_p[index][where])
-
-
 def draw_levels(n, K, device=None):
     """Return random levels (K + 1, n), falling from 1 to 0 for each of n rollouts, and tau (n,).
 
@@ -235,6 +221,20 @@ def rollout(student, z, levels, mask_id, order="interlaced", given=None, keep_st
         log_prob = log_prob.index_add(0, row, log_p_token)
         z = z.masked_scatter(reveal, token)
     return z, log_prob, states
+
+
+def predict_once(denoiser, z, where):
+    """Return log_p_x (n, V) as `predict` does, but run the denoiser on the distinct rows of z.
+
+    A group begins with equal rows, masks of one length: this saves most of the first step.
+    """
+    distinct, index = z.unique(dim=0, return_inverse=True)  # U distinct rows (U, L), (B,)
+    counts = torch.zeros(distinct.shape, device=z.device).index_add(0, index, where.float())
+    needed = counts > 0  # (U, L): positions that any of the equal rows asks for
+    log_p_x = predict(denoiser, distinct, needed)
+    # row_of_log_p[u, i]: the row of log_p_x that belongs to position i of distinct row u
+    row_of_log_p = needed.flatten().cumsum(0).view_as(distinct) - 1  # (U, L)
+    return log_p_x.index_select(0, row_of_log_p[index][where])
 
 
 @torch.no_grad()
