@@ -83,7 +83,9 @@ def predict(denoiser, z, where, temperature=1.0):
     (B, L). The mask itself is never predicted: it has no column. `temperature` divides the logits.
     """
     logits = denoiser(z, where).float()
-    return F.log_softmax(logits / temperature, dim=-1)
+    if temperature != 1:
+        logits = logits / temperature
+    return F.log_softmax(logits, dim=-1)
 
 
 def nelbo(denoiser, x, mask_id, pad_id=-1, t=None, order="random"):
@@ -115,7 +117,7 @@ def draw(log_p_x, num=1):
     The cumulative distribution is inverted in float64, which keeps its tail.
     """
     n, V = log_p_x.shape
-    cdf = log_p_x.exp().cumsum(-1, dtype=torch.float64)
+    cdf = log_p_x.exp().double().cumsum_(-1)  # in place: half the time with a large vocabulary
     total = cdf[:, -1:]  # 1 but for rounding
     u = torch.rand(n, num, dtype=torch.float64, device=cdf.device)
     first_above = torch.searchsorted(cdf, u * total, right=True)
@@ -229,6 +231,8 @@ def predict_once(denoiser, z, where):
     A group begins with equal rows, masks of one length: this saves most of the first step.
     """
     distinct, index = z.unique(dim=0, return_inverse=True)  # U distinct rows (U, L), (B,)
+    if len(distinct) == len(z):
+        return predict(denoiser, z, where)
     counts = torch.zeros(distinct.shape, device=z.device).index_add(0, index, where.float())
     needed = counts > 0  # (U, L): positions that any of the equal rows asks for
     log_p_x = predict(denoiser, distinct, needed)
