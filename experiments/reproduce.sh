@@ -124,9 +124,10 @@ text() {
     GLIBC_TUNABLES+=:glibc.malloc.mmap_threshold=8000000000
     GLIBC_TUNABLES+=:glibc.malloc.trim_threshold=16000000000
     for tokens in ${2:-bytes gpt2}; do
-        how="--data out/news_$tokens --length 128" teacher=60 judge=12 groups=16 steps=""
+        how="--data out/news_$tokens --length 128" teacher=60 judge=12 groups=16 rows="--batch 128"
         if [ $tokens = gpt2 ]; then
-            how+=" --batch 16" teacher=80 judge=20 groups=8 steps="--steps 4 8 16 32 64 256"
+            how+=" --batch 16" teacher=80 judge=45 groups=8
+            rows="--batch 64 --steps 4 8 16 32 64 256"
         fi
         out=out/text_$tokens
         models="--teacher $out/teacher.pt --causal $out/causal.pt"
@@ -134,7 +135,7 @@ text() {
         python train_teacher.py $how --minutes $teacher --out $out/teacher.pt
         python train_teacher.py $how --minutes $judge --causal --out $out/causal.pt
         python distill.py --groups $groups --teacher $out/teacher.pt --out $out/student.pt
-        python -m experiments.evaluate --samples 256 --batch 128 $models $steps \
+        python -m experiments.evaluate --samples 256 $rows $models \
             --student $out/student.pt --json $results/text_$tokens.json --label wikinews
         for model in teacher student; do
             python sample.py --model $out/$model.pt --steps 8 --num 5
