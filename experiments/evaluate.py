@@ -202,7 +202,7 @@ def measure(about, x, data, judge):
     row = about | quality.quality(x, data)
     if judge is not None:
         row["judge_ppl"] = judge(x)
-    if about.get("T", 1) == 1:
+    if about.get("T") == 1:  # of a model: real texts stay where they are
         row["examples"] = data.decode(x[:4])
     return row
 
