@@ -83,7 +83,7 @@ def predict(denoiser, z, where, temperature=1.0):
     (B, L). The mask itself is never predicted: it has no column. `temperature` divides the logits.
     """
     logits = denoiser(z, where).float()
-    if temperature != 1:
+    if temperature != 1:  # a division copies (n, V)
         logits = logits / temperature
     return F.log_softmax(logits, dim=-1)
 
@@ -117,7 +117,7 @@ def draw(log_p_x, num=1):
     The cumulative distribution is inverted in float64, which keeps its tail.
     """
     n, V = log_p_x.shape
-    cdf = log_p_x.exp().double().cumsum_(-1)  # in place: half the time with a large vocabulary
+    cdf = log_p_x.exp().double().cumsum_(-1)  # in place: (n, V) can be large
     total = cdf[:, -1:]  # 1 but for rounding
     u = torch.rand(n, num, dtype=torch.float64, device=cdf.device)
     first_above = torch.searchsorted(cdf, u * total, right=True)

@@ -100,8 +100,6 @@ def printable(text, keep=""):
 
 def show(z, config, encoding):
     """Print the states z (B, L), one line each, with a block for each mask."""
-    if sys.stdout.isatty():
-        print("\x1b[H\x1b[J", end="")  # clear the screen: each frame replaces the one before
     for ids in z.tolist():
         line = ""
         for token in ids:
@@ -113,6 +111,7 @@ def show(z, config, encoding):
     print(flush=True)
     if sys.stdout.isatty():
         time.sleep(0.3)
+        print("\x1b[H\x1b[J", end="")  # clear the screen for the next frame, or for the result
 
 
 def load_discriminator(ckpt, path, net):

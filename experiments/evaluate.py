@@ -250,7 +250,7 @@ def measured(rows, names=DIGITS):
 def student_row(rows, steps):
     """Return the student's row at temperature 1, or {} if it was not measured."""
     for row in rows:
-        if (row["row"], row.get("steps"), row.get("T")) == ("student", steps, 1):
+        if key(row) == ("student", row.get("order"), steps, 1):
             return row
     return {}
 
