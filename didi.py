@@ -6,10 +6,11 @@ Tokens revealed in one step are drawn independently, so few steps give incoheren
 
 DiDi-Instruct trains a few-step *student* whose samples, masked again, are distributed like a
 masked reference: it minimises the integral over t of w(t) KL(q_student(z_t) || q_reference(z_t)),
-w(t) = 1/t. Text is discrete, so the gradient is a policy gradient, whose reward comes from a
-discriminator. Label 1 stands for the reference. Without label smoothing, at every position the best
-logit is the log density ratio of the whole z_t, r(z_t) = log q_reference(z_t) - log q_student(z_t).
-The student ascends r. The numbered sections below are the steps of the README.
+w(t) = 1/t, here at most 10. Text is discrete, so the gradient is a policy gradient, whose reward
+comes from a discriminator. Label 1 stands for the reference. Without label smoothing, at every
+position the best logit is the log density ratio of the whole z_t,
+r(z_t) = log q_reference(z_t) - log q_student(z_t). The student ascends r. The numbered sections
+below are the steps of the README.
 
 x            clean token ids (B, L)
 z_t          x masked at level t (B, L)
@@ -44,8 +45,8 @@ def reveal_times(z, order):
 
     "random" draws them independently (MDLM, the paper). "interlaced" reveals neighbours at distant
     times, since they depend on each other most and tokens revealed together are drawn
-    independently. It takes the first M van der Corput numbers; each text shifts them by a random
-    number of positions and adds u/M, u uniform, which makes each time uniform.
+    independently. It takes the first M van der Corput numbers, M a power of two; each text shifts
+    them by a random number of positions and adds u/M, u uniform: each time is uniform.
     """
     B, L = z.shape
     if order == "random":
@@ -67,8 +68,8 @@ def forward_mask(x, t, mask_id, pad_id=-1, order="random"):
 
     This is the log-linear schedule of MDLM: alpha_t, the chance to be visible, is 1 - t.
     """
-    hidden = reveal_times(x, order) < column(t, x)  # (B, L)
-    return x.masked_fill(hidden & (x != pad_id), mask_id)
+    masked = reveal_times(x, order) < column(t, x)  # (B, L)
+    return x.masked_fill(masked & (x != pad_id), mask_id)
 
 
 def low_discrepancy_times(B, device=None):
@@ -129,7 +130,7 @@ def ancestral_step(denoiser, z, a, s, mask_id, temperature=1.0, choose=None):
 
     Returns z_s (B, L) and called (B,) bool: the rows that reveal a token, for which the denoiser
     runs. choose(z, where, log_p_x (n, V)) -> z_s, for those rows alone, replaces the independent
-    draws. Coming from time t, a mask is revealed with chance (t - s)/t; in random order this is the
+    draws. If z is z_t, a mask is revealed with chance (t - s)/t; in random order this is the
     model's exact reverse step.
     """
     reveal = (z == mask_id) & (a >= s)
@@ -177,10 +178,9 @@ def sample(denoiser, z, steps, mask_id, temperature=1.0, order="interlaced", exp
 def draw_levels(n, K, device=None):
     """Return random levels (K + 1, n), falling from 1 to 0 for each of n rollouts, and tau (n,).
 
-    Each intermediate level is u times the one before, u uniform but clamped to [.02, .98], so that
-    no step is nearly empty. tau is the last of them. The paper divides the reward by tau's density
-    pi(tau), which is 1 for its two steps. A one-step rollout has no intermediate level; its tau is
-    only the level at which x is masked again.
+    Each intermediate level is u times the one before, u uniform but clamped to [.02, .98], as in
+    the paper. tau, the last of them, is where coupled time masks x again; if K is 1, it is no level
+    of the rollout. The paper divides the reward by tau's density pi(tau), which is 1 if K is 2.
     """
     levels = [torch.ones(n, device=device)]
     for _ in range(max(K - 1, 1)):
@@ -195,10 +195,10 @@ def rollout(student, z, levels, mask_id, order="interlaced", given=None, keep_st
     """Fill the masks of z (B, L) along K + 1 levels, each a float or (B,), as `sample` does, but
     with gradients; the tokens of `given` (B, L), if any, are written instead of drawn ones.
 
-    Returns x (B, L); log_prob (B,), the sum of log p(token) over all tokens, each in the step that
-    reveals it: the path's log probability (the paper: intermediate-state matching); and, if
-    keep_states, the K states for `regularisers`, pairs (z (B, L), log_p_x (n, V) at its n masks),
-    else [].
+    Returns x (B, L), log_prob (B,) and states. log_prob is the path's log probability, the sum of
+    log p(token) over all tokens, each in the step that reveals it (the paper: intermediate-state
+    matching). states, empty unless keep_states, are for `regularisers`: a pair (z (B, L), log_p_x
+    (n, V) at its n masks) of each step.
     """
     a = reveal_times(z, order)
     log_prob = torch.zeros(len(z), device=z.device)
@@ -233,11 +233,10 @@ def predict_once(denoiser, z, where):
     distinct, index = z.unique(dim=0, return_inverse=True)  # U distinct rows (U, L), (B,)
     if len(distinct) == len(z):
         return predict(denoiser, z, where)
-    counts = torch.zeros(distinct.shape, device=z.device).index_add(0, index, where.float())
-    needed = counts > 0  # (U, L): positions that any of the equal rows asks for
+    askers = torch.zeros(distinct.shape, device=z.device).index_add(0, index, where.float())
+    needed = askers > 0  # (U, L): positions that at least one of the equal rows asks for
     log_p_x = predict(denoiser, distinct, needed)
-    # row_of_log_p[u, i]: the row of log_p_x that belongs to position i of distinct row u
-    row_of_log_p = needed.flatten().cumsum(0).view_as(distinct) - 1  # (U, L)
+    row_of_log_p = needed.flatten().cumsum(0).view_as(distinct) - 1  # (U, L): its row in log_p_x
     return log_p_x.index_select(0, row_of_log_p[index][where])
 
 
@@ -261,8 +260,9 @@ def weight(t):
 
 
 def draw_weighted_levels(n, device=None):
-    """Draw levels (n,) whose density is proportional to w(t): less noise than weights w(t)."""
-    area = torch.rand(n, device=device) * (1 + math.log(10))  # under w, from 0 to the level
+    """Draw levels (n,) whose density is proportional to w(t), which is less noisy than weighting
+    uniform levels by it."""
+    area = torch.rand(n, device=device) * (1 + math.log(10))  # under w, left of the level
     return torch.where(area < 1, area, (area - 1).exp()) / 10  # the area up to .1 is 1
 
 
@@ -282,7 +282,7 @@ def binary_cross_entropy(logits, is_text, label):
 
 
 def discriminator_loss(logits_ref, is_text_ref, logits, is_text, smoothing=0.0):
-    """Return the loss, nats, with label 1 for the reference; each pair is (n, L).
+    """Return the loss, nats, with label 1 for the reference. The number of texts may differ.
 
     Smoothing e makes the labels 1 - e and e, which bounds the optimal |logit| by log((1 - e)/e).
     """
@@ -306,7 +306,7 @@ def grouped_advantage(r, G, eps=1e-4):
     in effect the weight of a level is w(t)/std(t).
     """
     groups = r.view(-1, G)
-    groups = groups - groups[:, :1]  # equal rewards must give 0, however their mean is rounded
+    groups = groups - groups[:, :1]  # so that equal rewards give exactly 0, despite rounding
     centred = groups - groups.mean(1, keepdim=True)
     variance = centred.square().mean(1, keepdim=True)
     A = centred / (variance.sqrt() + eps)
@@ -375,7 +375,8 @@ def reranked(z, where, log_p_x, discriminator, pad_id, M):
 def guided_sample(denoiser, discriminator, z, steps, mask_id, pad_id=-1, temperature=1.0, h=1.0,
                   M=4, switch=0.5, order="interlaced", exponent=1.5, on_step=None):
     """Fill the masks of z (B, L): tilt by h in the first fraction `switch` of the steps, while most
-    masks are left, then re-rank M candidates, as in the paper.
+    masks are left, then re-rank M candidates, as in the paper. The discriminator was trained on
+    masks in random order, so in the interlaced order it sees states that are new to it.
 
     Returns x (B, L), nfe (B,) and disc_calls (B,), the discriminator's passes: 1 (with a backward
     pass) to tilt, M to re-rank.

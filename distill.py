@@ -44,7 +44,7 @@ def parse_flags(argv=None):
     add("--G", type=between(2, 2 ** 20, int), default=4, help="samples per group")
     add("--order", choices=("interlaced", "random"), default="interlaced", help="of revealing")
     add("--exponent", type=between(0.1, 10),
-        help="of the time grid; None: the teacher's; 1 if its order is another")
+        help="of the time grid; None: the teacher's, or 1 if --order is not the teacher's")
     add("--grid", action=on_off, default=True,
         help="levels of a rollout: the time grid; --no-grid: each is uniform below the one before")
     add("--K", type=NATURAL, default=4,
@@ -56,7 +56,7 @@ def parse_flags(argv=None):
         help="mask x at tau, the last of random levels; --no-coupled: at a level of its own")
     add("--smoothing", type=between(0, 0.49), default=0.1, help="e: labels are 1 - e and e")
     add("--disc_blocks", type=COUNT, default=3, help="how many of its last blocks train")
-    add("--disc_lr", type=POSITIVE, help="its learning rate; None: 10 times the student's")
+    add("--disc_lr", type=POSITIVE, help="its learning rate, constant; None: 10 times --lr")
     add("--disc_warmup", type=COUNT, default=100, help="updates of the discriminator alone")
 
     add = p.add_argument_group("4. advantage and 5. student").add_argument
@@ -74,10 +74,10 @@ def parse_flags(argv=None):
     add("--updates", type=NATURAL, default=200, help="updates of the student")
     add_run_flags(p, out="out/student.pt", eval_every=100)
 
-    given = p.parse_args(argv)  # to see --paper; parsed again below, so that given flags win
-    if given.paper:
-        p.set_defaults(**PAPER)
-    return parse_run(p, argv)
+    preset = {}
+    if p.parse_args(argv).paper:
+        preset = PAPER
+    return parse_run(p, argv, preset)
 
 
 def load_teacher(args, device, bf16):
@@ -104,12 +104,12 @@ def rms_of_matrices(net):
     return weights.square().mean().sqrt().item()
 
 
-def draw_pool(teacher, args, num=2048, steps=64):
-    """Return `num` texts (num, L) of the teacher, in `steps` steps."""
-    z = teacher.start(teacher.draw_lengths(num))
+def draw_pool(teacher, args):
+    """Return 2,048 texts (2048, L) that the teacher writes in 64 steps."""
+    z = teacher.start(teacher.draw_lengths(2048))
     texts = []
     for part in tqdm(z.split(64), desc="teacher samples", disable=RANK > 0):
-        x, _ = didi.sample(teacher, part, steps, teacher.config.mask_id, order=args.order,
+        x, _ = didi.sample(teacher, part, 64, teacher.config.mask_id, order=args.order,
                            exponent=args.exponent)
         texts.append(x)
     return torch.cat(texts)
@@ -158,7 +158,7 @@ def main(argv=None):
     step = ckpt["step"]
     seconds = ckpt["seconds"]
     rows = ckpt["log"]
-    if RANK > 0:  # only now: the same numbers above made the networks of all processes alike
+    if RANK > 0:  # only now: the networks made above must be alike in all processes
         torch.manual_seed(args.seed + 1000 * RANK + step)
 
     signals, stop = catch_signals(), 0
@@ -177,24 +177,23 @@ def main(argv=None):
             if args.grid:
                 levels = didi.time_grid(args.K, args.exponent)
             else:
-                levels, tau = didi.draw_levels(groups, args.K, device)  # tau (groups,)
+                levels, tau = didi.draw_levels(groups, args.K, device)  # tau (groups,): --coupled
                 levels = levels.repeat_interleave(G, dim=1)  # (K + 1, B)
             with torch.set_grad_enabled(moving):
                 x, log_prob, states = didi.rollout(
                     student, z_1, levels, mask_id, args.order, keep_states=regularised)
 
-            # 2. Mask x again, at tau or at a level drawn here; the reference at the same level
-            w = torch.ones(groups, device=device)
+            # 2. Mask x and the reference at one level: tau, or one drawn here
             if args.coupled:
                 level = tau
-                if args.w:
-                    w = didi.weight(tau)
-            elif args.w:  # a density proportional to w instead of a weight
+            elif args.w:  # its density is proportional to w, so that it needs no weight
                 level = didi.draw_weighted_levels(groups, device)
             else:
                 level = torch.rand(groups, device=device)
             level = level.repeat_interleave(G)  # (B,)
-            w = w.repeat_interleave(G)  # (B,)
+            w = torch.ones_like(level)
+            if args.coupled and args.w:
+                w = didi.weight(level)
             if pool is None:
                 x_ref = data.batch(half, teacher.config.length, device)  # (half, L)
             else:

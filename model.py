@@ -223,9 +223,10 @@ def add_run_flags(p, out, eval_every):
     add_device_flags(p)
 
 
-def parse_run(p, argv):
+def parse_run(p, argv, preset):
     """Return the flags and the checkpoint to start from: an empty one, or with --resume that of
-    --out, whose flags are then the defaults."""
+    --out, whose flags are then the defaults. `preset`, defaults of a given flag, wins over them."""
+    p.set_defaults(**preset)
     args = p.parse_args(argv)
     if not args.resume:
         return args, {"step": 0, "seconds": 0.0, "log": []}
@@ -235,7 +236,7 @@ def parse_run(p, argv):
     p.set_defaults(updates=None)
     if p.parse_args(argv).updates is not None:
         flags["minutes"] = None  # a new limit wins
-    p.set_defaults(**flags)
+    p.set_defaults(**flags | preset)
     return p.parse_args(argv), ckpt
 
 

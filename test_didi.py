@@ -411,24 +411,29 @@ def test_an_ancestral_step_has_the_marginals_of_bayes_rule(i):
 
 
 PROMPT = 55  # the row of [MASK, 1, MASK]
-GUIDE = TableDiscriminator(Z[3].float())
+
+
+def guide(z, where=None, probs=torch.ones(1)):
+    return z + probs.sum()
+
+
 SAMPLERS = [  # the last two are guided, but without effect
     didi.sample,
-    functools.partial(didi.guided_sample, discriminator=GUIDE, h=0, switch=1),
-    functools.partial(didi.guided_sample, discriminator=GUIDE, M=1, switch=0)
+    functools.partial(didi.guided_sample, discriminator=guide, h=0, switch=1),
+    functools.partial(didi.guided_sample, discriminator=guide, M=1, switch=0)
 ]
 
 
-@pytest.mark.parametrize("start", [-1, PROMPT])
+@pytest.mark.parametrize("L, start", [(2, -1), (3, -1), (3, PROMPT)])
 @pytest.mark.parametrize("steps, T", [(1, 1.0), (2, 0.5), (3, 1.0), (5, 0.5)])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @BOTH_ORDERS
-def test_samplers_draw_from_the_enumerated_chain(start, steps, T, sampler, order):
-    table = torch.randn(64, 3, V)
+def test_samplers_draw_from_the_enumerated_chain(L, start, steps, T, sampler, order):
+    table = torch.randn(len(Z[L]), L, V)
 
     x, *_ = sampler(
         denoiser=lookup(table),
-        z=Z[3][start].repeat(20000, 1),
+        z=Z[L][start].repeat(20000, 1),
         steps=steps,
         mask_id=MASK,
         temperature=T,

@@ -65,7 +65,7 @@ def parse_flags(argv=None):
     p.set_defaults(**SIZES[given.size])
     if given.causal:
         p.set_defaults(out="out/causal.pt")
-    return parse_run(p, argv)
+    return parse_run(p, argv, {})
 
 
 def orthogonalise(X):

@@ -178,6 +178,7 @@ def part_of(args, drawn, discs, i):
         assert torch.equal(level, drawn["draw_weighted_levels"][i][1].repeat_interleave(args.G))
     assert torch.equal(z_1, z_1[::args.G].repeat_interleave(args.G, 0))
     assert of_x[0][0] is x
+    assert [of_x[0][4], of_ref[0][4]] == ["random", "random"]
     assert torch.equal(level[:len(level_ref)], level_ref)
     return discs[2 * i:2 * i + 2], [*z, x], of_x, of_ref
 
@@ -450,6 +451,12 @@ def test_a_resumed_run_says_when_its_time_is_over_and_takes_new_limits(
 
     assert "give more --updates or --minutes" in said
     assert read("a.pt")["step"] > steps
+
+
+def test_the_papers_objective_wins_over_that_of_a_checkpoint(tiny):
+    args, _ = distill.parse_flags("--resume --paper --out out/student.pt".split())
+
+    assert args.kl == 0.1
 
 
 def test_a_run_too_short_for_the_student_says_so(tiny, capsys):
