@@ -7,8 +7,8 @@ Real texts come first: held-out ones, then the same number of training ones, whi
 model would get. The teacher writes in both orders of revealing, other models in their own. Measures
 are those of data/quality.py; judge_ppl, the perplexity per token under the causal model or a GPT-2;
 and nll, the few-step likelihood of held-out texts, nats per token. A model can look better merely
-by being less diverse, so models are compared at equal rare characters and entropy, too: each at
-the temperature that gives it the student's.
+by being less diverse, so models are compared at equal diversity, too: each at the temperature that
+gives it the student's rare characters, or the entropy of held-out text.
 """
 import functools
 import itertools
@@ -37,7 +37,7 @@ DIGITS = {
     "returns": 3, "hints": 3, "methods": 3,
     "js1": 4, "js2": 4, "low": 3, "bigram": 3, "rep4": 3}
 GOALS = ("post", "judge_ppl", "tv", "js3")  # what is compared ..
-EQUAL = ("rare", "entropy")  # .. where one of these is equal
+EQUAL = {"rare": "student", "entropy": "held-out data"}  # .. where this measure is that row's
 LINES = (  # of the plot: run, model, order, colour
     ("default", "teacher", "random", "C7"),
     ("default", "teacher", "interlaced", "C0"),
@@ -247,14 +247,6 @@ def measured(rows, names=DIGITS):
     return {name: DIGITS[name] for name in names if name in found}
 
 
-def student_row(rows, steps):
-    """Return the student's row at temperature 1, or {} if it was not measured."""
-    for row in rows:
-        if key(row) == ("student", row.get("order"), steps, 1):
-            return row
-    return {}
-
-
 def curve(rows, name, order, steps, x, column):
     """Return pairs (x, column), names of measures, by falling temperature of a model."""
     found = [row for row in rows
@@ -295,33 +287,33 @@ def print_means(results):
             print_row(label, len(rows), *about, *means(rows, columns))
 
 
-def equal_row(rows, model, order, steps, x, columns):
-    """Return {column: value} of the student, or of the teacher where its measure x is the
-    student's."""
-    student = student_row(rows, steps)
-    if model == "student":
-        return {column: student.get(column, math.nan) for column in columns}
-    goal = student.get(x, math.nan)
-    return {column: at_equal(rows, model, order, steps, x, goal, column) for column in columns}
+def goal_of(rows, steps, x):
+    """Return the measure x at which models are compared, see EQUAL; NaN if its row is missing."""
+    for row in rows:
+        if (row["row"], row.get("steps", steps), row.get("T", 1)) == (EQUAL[x], steps, 1):
+            return row.get(x, math.nan)
+    return math.nan
 
 
 def print_equal(results):
-    """Print the student at temperature 1, and the teacher in both orders at the temperatures that
-    give it the student's rare characters or entropy."""
+    """Print teacher and student at the temperatures that make them equally diverse, see EQUAL."""
     columns = measured(all_rows(results), GOALS)
-    print("\nThe teacher where one of its measures equals the student's (seeds: those that reach "
-          "it):\n")
-    print_head("run", "seeds", "steps", "model", "order", "equal", *columns)
-    compared = [("student", None, None), *itertools.product(
-        ("teacher",), ("random", "interlaced"), EQUAL)]
-    for label, steps, about in itertools.product(results, (4, 8), compared):
-        rows = []
+    print("\nWhere a measure equals the student's (rare) or held-out text's (entropy); seeds: those"
+          " that reach it:\n")
+    print_head("run", "steps", "equal", "model", "order", "seeds", *columns)
+    for label, *about in itertools.product(
+            results, (4, 8), EQUAL, ("student", "teacher"), ("random", "interlaced")):
+        steps, x, name, order = about
+        found = []
         for run in results[label].values():
-            row = equal_row(run["rows"], about[0], about[1], steps, about[2], columns)
+            rows = run["rows"]
+            goal = goal_of(rows, steps, x)
+            row = {column: at_equal(rows, name, order, steps, x, goal, column)
+                   for column in columns}
             if any(map(math.isfinite, row.values())):
-                rows.append(row)
-        if rows:
-            print_row(label, len(rows), steps, *about, *means(rows, columns))
+                found.append(row)
+        if found:
+            print_row(label, *about, len(found), *means(found, columns))
 
 
 # ----------------------------------------------------------------------------------------- the plot

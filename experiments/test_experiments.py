@@ -270,14 +270,20 @@ def test_between_temperatures_measures_are_linear_and_outside_unknown(goal, post
     assert found == pytest.approx(post, nan_ok=True)
 
 
-def test_the_teacher_is_shown_where_it_has_the_students_rare_characters(folder, capsys):
-    teacher = [row("teacher", 8, 0.8, 0.5), row("teacher", 8, 0.6, 0.7, T=0.8)]
-    write_results([*teacher, row("student", 8, 0.7, 0.9)])
+def test_models_are_compared_where_they_are_equally_diverse(folder, capsys):
+    """Twice: at the student's rare characters, .7, and at held-out text's entropy, .65."""
+    rows = [
+        row("teacher", 8, 0.8, 0.5),
+        row("teacher", 8, 0.6, 0.7, T=0.8),
+        row("student", 8, 0.7, 0.9)]
+    rows = [r | {"entropy": r["rare"]} for r in rows]
+    write_results([{"row": "held-out data", "entropy": 0.65}, *rows])
 
     lines = table(capsys)
 
-    assert ["default", "1", "8", "student", "", "", "0.900"] in lines
-    assert ["default", "1", "8", "teacher", "random", "rare", "0.600"] in lines
+    assert ["default", "8", "rare", "student", "random", "1", "0.900"] in lines
+    assert ["default", "8", "rare", "teacher", "random", "1", "0.600"] in lines
+    assert ["default", "8", "entropy", "teacher", "random", "1", "0.650"] in lines
 
 
 def test_rows_of_seeds_are_paired_by_what_they_are(folder, capsys):
