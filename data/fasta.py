@@ -6,7 +6,6 @@ Any FASTA file will do, also compressed as .gz or .xz.
 """
 import argparse
 import re
-import sys
 
 from data import corpus
 
@@ -50,9 +49,6 @@ def main(argv=None):
 
     folder = corpus.new_folder(args.out, args.file)
     texts = read_fasta(args.file)
-    if texts and set().union(*texts) <= set("ACGTNX"):  # U has become X
-        print(f"warning: {args.file} looks like DNA or RNA, but is read as amino acids",
-              file=sys.stderr)
 
     fit = {s for s in texts if len(s) <= args.length}
     too_long = len(texts) - len(fit)

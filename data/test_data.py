@@ -396,13 +396,6 @@ def test_the_default_corpus_makes_itself(monkeypatch):
     assert sorted(data.texts("train") + data.texts("val")) == sorted(lines)
 
 
-def test_rows_of_no_length_are_refused(monkeypatch):
-    monkeypatch.setattr(signatures, "source_files", lambda folder: [])
-
-    with pytest.raises(ValueError, match="length of at least 1"):
-        signatures.main(["--length", "0"])
-
-
 @pytest.mark.parametrize("name, pack", [
     ("p.fasta", bytes),
     ("p.fa.gz", gzip.compress),
@@ -436,14 +429,6 @@ def test_long_sequences_are_dropped_or_cropped_and_counted(folder, capsys, long,
     assert len(texts) == kept
     assert ("MKV" * 83 + "M" in texts) == (long == "crop")
     assert f"15 of them longer than 250: {long}ped, {kept} left" in capsys.readouterr().out
-
-
-def test_dna_is_warned_of(folder, capsys):
-    (folder / "genome.fna").write_text("".join(f">\n{'ACGTN' * i}\n" for i in range(25)))
-
-    fasta.main(["genome.fna"])
-
-    assert "warning: genome.fna looks like DNA" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------ openwebtext
@@ -590,12 +575,6 @@ def test_text_of_one_letter_a_passage_by_hand():
     pairs = quality.entropy("abb")
     exact = {"bigram": pairs, "entropy": 0, "rep4": 8 / 9, "js3": math.log(2), "distinct": 2 / 3}
     assert {name: q[name] for name in exact} == pytest.approx(exact)
-
-
-def test_tables_show_some_measures():
-    data = in_memory([range(97)], [range(97)])
-
-    assert set(quality.shown(data.held_out(9, 8), data)) == {"entropy", "rep4", "js3", "tv"}
 
 
 # ------------------------------------------------------------------------------------ bad samplers
