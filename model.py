@@ -26,7 +26,10 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 @dataclass(frozen=True)
 class Config:
-    """Describe the network's shape and how it writes; every checkpoint stores it."""
+    """Describe the network's shape and how it writes; every checkpoint stores it.
+
+    One made before it had an order is read as of random order, in even steps.
+    """
     vocab_size: int = 257  # the tokenizer's tokens, without the mask
     length: int = 48       # L, tokens per sequence
     n_layer: int = 3

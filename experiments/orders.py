@@ -20,7 +20,7 @@ def draw_orders(path, texts=12, L=48, steps=4):
         levels = torch.tensor(didi.time_grid(steps, exponent))
         step = (a[..., None] < levels).sum(-1)
         picture = ax.imshow(step, cmap="viridis")
-        ax.set(title=order, xlabel="position", ylabel="text", yticks=[])
+        ax.set(title=f"{order}, exponent {exponent}", xlabel="position", ylabel="text", yticks=[])
     figure.colorbar(picture, ax=axes, label="step", ticks=range(1, steps + 1))
     figure.savefig(path, dpi=110)
 
