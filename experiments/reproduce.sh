@@ -3,7 +3,7 @@
 #
 #     bash experiments/reproduce.sh signatures                       # a night and a day, AVX2
 #     bash experiments/reproduce.sh text wikinews.train.txt.xz       # six hours
-#     bash experiments/reproduce.sh proteins cath_S40.fa.xz          # half an hour
+#     bash experiments/reproduce.sh proteins cath_S40.fa.xz          # an hour and a half
 #     bash experiments/reproduce.sh first_run                        # a quarter of an hour
 #
 # Everything is written to out/results first, so that the files in git stay whole until it is done:
@@ -58,22 +58,32 @@ few_steps() {
     done
 }
 
-# Train other students of the same teachers. $1: one seed, or three. 40 minutes each.
+# Train other teachers and other students, measured by one causal model. $1: one seed, or three.
+# An hour each.
 others() {
     export OMP_NUM_THREADS=1
-    if [ ${1:-0} = 0 ]; then  # was the teacher of both orders worse at the random one?
-        python train_teacher.py --order random --out out/0/random.pt
-        python -m experiments.evaluate --rows teacher --teacher out/0/random.pt --steps 8 256 \
-            --causal out/0/causal.pt --json $results/nano.json --label "random masks"
-    fi
     for s in ${1:-0 1 2}; do
         flags="--seed $s --teacher out/$s/teacher.pt"
+        evaluate="python -m experiments.evaluate --causal out/0/causal.pt --json $results/nano.json"
+
+        # random masks alone; then the same teacher in our order and grid, a student that stays
+        python train_teacher.py --seed $s --order random --out out/$s/random.pt
+        $evaluate --rows teacher --teacher out/$s/random.pt --steps 8 16 256 --label "random masks"
+        python distill.py --seed $s --teacher out/$s/random.pt --temperature 1 --exponent 1.5 \
+            --disc_warmup 0 --updates 1 --lr 1e-9 --out out/$s/random_interlaced.pt
+        $evaluate --rows student --student out/$s/random_interlaced.pt --steps 4 8 \
+            --label "random masks, interlaced"
+
+        # the time of distillation spent on the teacher
+        python train_teacher.py --seed $s --updates 2550 --out out/$s/longer.pt
+        $evaluate --rows teacher --teacher out/$s/longer.pt --steps 4 8 --label "longer teacher"
+
         python -m experiments.sdtt $flags --out out/$s/sdtt.pt
+        $evaluate --rows student --student out/$s/sdtt.pt --label sdtt
         python distill.py $flags --paper --out out/$s/paper.pt
-        for run in sdtt paper; do
-            python -m experiments.evaluate --rows student --student out/$s/$run.pt \
-                --causal out/0/causal.pt --json $results/nano.json --label $run
-        done
+        $evaluate --rows student --student out/$s/paper.pt --label paper
+        python distill.py $flags --paper --order interlaced --out out/$s/paper_interlaced.pt
+        $evaluate --rows student --student out/$s/paper_interlaced.pt --label "paper, interlaced"
     done
 }
 
@@ -108,8 +118,8 @@ signatures() {
     for model in teacher default; do
         python sample.py --model out/0/$model.pt --steps 4 --num 8
     done > $results/samples.txt
-    log_means out/[0-4]/teacher.jsonl out/[0-4]/default.jsonl out/[012]/sdtt.jsonl \
-        out/[012]/paper.jsonl > $results/logs.txt
+    log_means out/[0-4]/{teacher,default}.jsonl out/[012]/{random,longer,sdtt}.jsonl \
+        out/[012]/{paper,paper_interlaced}.jsonl > $results/logs.txt
     python -m experiments.evaluate --table $results/nano.json --plot $results/frontier.png
     python -m experiments.orders $results/orders.png
 }
@@ -150,21 +160,16 @@ text() {
 proteins() {
     need "$1"
     export OMP_NUM_THREADS=1
-    python -m data.fasta "$1" --out out/cath
+    how="--data out/cath --batch 32"
     models="--teacher out/protein/teacher.pt --causal out/protein/causal.pt"
-    python train_teacher.py --data out/cath --minutes 4 --out out/protein/teacher.pt
-    python train_teacher.py --data out/cath --minutes 2 --causal --out out/protein/causal.pt
-    python distill.py --disc_warmup 60 --teacher out/protein/teacher.pt \
-        --out out/protein/student.pt
-    python -m experiments.evaluate --samples 500 $models --student out/protein/student.pt \
-        --json $results/protein.json --label protein
-    python distill.py --temperature 1 --disc_warmup 60 \
-        --teacher out/protein/teacher.pt --out out/protein/from_1.pt
-    python -m experiments.evaluate --rows student --samples 500 $models \
-        --student out/protein/from_1.pt --json $results/protein.json \
-        --label "protein, from temperature 1"
+    python -m data.fasta "$1" --out out/cath
+    python train_teacher.py $how --minutes 20 --out out/protein/teacher.pt
+    python train_teacher.py $how --minutes 8 --causal --out out/protein/causal.pt
+    python distill.py --teacher out/protein/teacher.pt --out out/protein/student.pt
+    python -m experiments.evaluate --steps 4 8 16 --samples 500 $models \
+        --student out/protein/student.pt --json $results/protein.json --label protein
     python sample.py --model out/protein/student.pt --num 100 --out out/designs.txt
-    log_means out/protein/{teacher,causal,student,from_1}.jsonl > $results/logs_protein.txt
+    log_means out/protein/{teacher,causal,student}.jsonl > $results/logs_protein.txt
 }
 
 # Time the front page's one command in a fresh folder, including the installation.
