@@ -396,6 +396,11 @@ def test_the_default_corpus_makes_itself(monkeypatch):
     assert sorted(data.texts("train") + data.texts("val")) == sorted(lines)
 
 
+def test_rows_of_no_length_are_refused():
+    with pytest.raises(ValueError, match="length of at least 1"):
+        corpus.write_rows("c", [], "fasta", "protein", 0, {})
+
+
 @pytest.mark.parametrize("name, pack", [
     ("p.fasta", bytes),
     ("p.fa.gz", gzip.compress),

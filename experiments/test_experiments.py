@@ -257,13 +257,13 @@ def table(capsys):
     return cells
 
 
+COOLED = [row("teacher", 8, 0.8, 0.5), row("teacher", 8, 0.6, 0.7, T=0.8)]
+
+
 @pytest.mark.parametrize("goal, post", [
     (0.8, 0.5), (0.7, 0.6), (0.6, 0.7), (0.81, math.nan), (0.59, math.nan)])
 def test_between_temperatures_measures_are_linear_and_outside_unknown(goal, post):
-    rows = [
-        row("teacher", 8, 0.8, 0.5),
-        row("teacher", 8, 0.6, 0.7, T=0.8),
-        row("teacher", 4, 0.7, 0.9, T=0.8)]
+    rows = [*COOLED, row("teacher", 4, 0.7, 0.9, T=0.8)]
 
     found = evaluate.at_equal(rows, "teacher", "random", 8, "rare", goal, "post")
 
@@ -272,10 +272,7 @@ def test_between_temperatures_measures_are_linear_and_outside_unknown(goal, post
 
 def test_models_are_compared_where_they_are_equally_diverse(folder, capsys):
     """Twice: at the student's rare characters, .7, and at held-out text's entropy, .65."""
-    rows = [
-        row("teacher", 8, 0.8, 0.5),
-        row("teacher", 8, 0.6, 0.7, T=0.8),
-        row("student", 8, 0.7, 0.9)]
+    rows = [*COOLED, row("student", 8, 0.7, 0.9)]
     rows = [r | {"entropy": r["rare"]} for r in rows]
     write_results([{"row": "held-out data", "entropy": 0.65}, *rows])
 
