@@ -59,7 +59,7 @@ few_steps() {
 }
 
 # Train other teachers and other students, measured by one causal model. $1: one seed, or three.
-# An hour each.
+# An hour and a half each.
 others() {
     export OMP_NUM_THREADS=1
     for s in ${1:-0 1 2}; do
