@@ -43,7 +43,7 @@ def parse_flags(argv=None):
     add("--data", default=corpus.DEFAULT, help="corpus folder, see data/README.md")
     add("--causal", action="store_true",
         help="train the autoregressive baseline, which is also the judge")
-    add("--size", choices=SIZES, default="nano", help="sets the defaults of the flags below")
+    add("--size", choices=SIZES, help="sets the defaults of the flags below; None: nano")
     add("--n_layer", type=NATURAL, help="transformer blocks")
     add("--n_head", type=NATURAL, help="H, attention heads")
     add("--n_embd", type=NATURAL, help="D, width, a multiple of 2 H")
@@ -60,12 +60,11 @@ def parse_flags(argv=None):
     add("--compile", action="store_true", help="torch.compile the trunk: needs a C++ compiler")
     add_run_flags(p, out="out/teacher.pt", eval_every=425)
 
-    p.set_defaults(**SIZES["nano"])  # for --help
-    given = p.parse_args(argv)  # to see --size; parsed again below, so that given flags win
-    p.set_defaults(**SIZES[given.size])
+    p.set_defaults(**SIZES["nano"])
+    given = p.parse_args(argv)
     if given.causal:
         p.set_defaults(out="out/causal.pt")
-    return parse_run(p, argv, {})
+    return parse_run(p, argv, SIZES.get(given.size, {}))
 
 
 def orthogonalise(X):

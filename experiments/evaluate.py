@@ -28,7 +28,7 @@ from train_teacher import causal_nll
 
 STEPS = (2, 4, 8, 16)
 MORE_STEPS = (32, 256)  # of the teacher in random order
-TEMPERATURES = (1.15, 1.0, 0.9, 0.8)  # in 4 and in 8 steps, and of the causal model
+TEMPERATURES = (1.3, 1.15, 1.0, 0.9, 0.8)  # in 4 and in 8 steps, and of the causal model
 DIGITS = {
     "calls": 1, "disc_calls": 1, "valid": 3, "post": 3,
     "judge_ppl": 2, "tv": 3, "js3": 3, "nll": 3, "ks": 3,

@@ -625,7 +625,7 @@ MISTAKES = [
     (train_teacher, f"{TEACH} --data none", "data.text"),
     (train_teacher, f"{TEACH} --data other", "trained on out/signatures"),
     (train_teacher, f"{TEACH} --accumulate 3", "--accumulate"),
-    (train_teacher, "--resume --n_layer 1", "does not fit"),
+    (train_teacher, "--resume --size mini", "does not fit"),
     (distill, f"{DISTIL} --teacher out/student.pt", "student"),
     (distill, f"{DISTIL} --out out/teacher.pt", "teacher"),
     (distill, f"{DISTIL} --exponent 0", "--exponent"),
