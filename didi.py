@@ -1,4 +1,4 @@
-"""didi.py - DiDi-Instruct (arXiv 2509.25035) as pure functions on tensors.
+"""didi.py - DiDi-Instruct (arXiv 2509.25035) as functions of tensors.
 
 Masked diffusion (MDLM, arXiv 2406.07524) masks each token of a text x with probability t; a
 denoiser learns to fill the masks in. Sampling starts from all masks and reveals a few at a time.
@@ -45,8 +45,10 @@ def reveal_times(z, order):
 
     "random" draws them independently (MDLM, the paper). "interlaced" reveals neighbours at distant
     times, since they depend on each other most and tokens revealed together are drawn
-    independently. It takes the first M van der Corput numbers, M a power of two; each text shifts
-    them by a random number of positions and adds u/M, u uniform: each time is uniform.
+    independently. With M the first power of two from L on, the time of position i is number
+    (i + shift) mod M of the van der Corput numbers 0, 1/2, 1/4, 3/4, .. plus u/M. shift and u are
+    drawn once a text, so each time is uniform. In N = 2^k even steps, tokens revealed together are
+    at least N apart.
     """
     B, L = z.shape
     if order == "random":
@@ -54,7 +56,7 @@ def reveal_times(z, order):
 
     M = 1
     van_der_corput = torch.zeros(M, device=z.device)
-    while M < L:  # 0, then 0, 1/2, then 0, 1/2, 1/4, 3/4, ..
+    while M < L:  # 0, then 0, 1/2, then 0, 1/2, 1/4, 3/4
         van_der_corput = torch.cat((van_der_corput, van_der_corput + 0.5 / M))
         M *= 2
     shift = torch.randint(M, (B, 1), device=z.device)
@@ -92,10 +94,11 @@ def predict(denoiser, z, where, temperature=1.0):
 def nelbo(denoiser, x, mask_id, pad_id=-1, t=None, order="random"):
     """Mask x (B, L) once at t (B,), drawn if None; return (bound, loss).
 
-    In random order bound, the negative ELBO, estimates an upper bound on -log p(x | lengths), nats
-    of all B texts: E_t E_{z_t} (1/t) * sum over masked i of -log p(x_i | z_t). In another order it
-    is no bound, since there the masks depend on each other. loss, which training descends, is the
-    unweighted mean over masks: the exact network minimises it, too, and this loss has less noise.
+    bound, the negative ELBO, is the sum over the texts of (1/t) * the sum over masked i of
+    -log p(x_i | z_t), nats. In random order its mean over t and z_t is at least -log p(x | lengths)
+    of all B texts; in another it is no bound, since there the masks depend on each other. loss,
+    which training descends, is the unweighted mean over masks: the exact network minimises it,
+    too, and this loss has less noise.
     """
     if t is None:
         t = low_discrepancy_times(len(x), x.device)
@@ -129,9 +132,9 @@ def ancestral_step(denoiser, z, a, s, mask_id, temperature=1.0, choose=None):
     """Step to z_s, s a float: reveal the masks of z (B, L) whose reveal times a (B, L) are >= s.
 
     Returns z_s (B, L) and called (B,) bool: the rows that reveal a token, for which the denoiser
-    runs. choose(z, where, log_p_x (n, V)) -> z_s, for those rows alone, replaces the independent
-    draws. If z is z_t, a mask is revealed with chance (t - s)/t; in random order this is the
-    model's exact reverse step.
+    runs. choose(z, where, log_p_x (n, V)), z and where of those rows alone, returns their z_s in
+    place of independent draws. If z is z_t, a mask is revealed with chance (t - s)/t; in random
+    order this is the model's exact reverse step.
     """
     reveal = (z == mask_id) & (a >= s)
     called = reveal.any(dim=1)  # (B,)
@@ -180,7 +183,8 @@ def draw_levels(n, K, device=None):
 
     Each intermediate level is u times the one before, u uniform but clamped to [.02, .98], as in
     the paper. tau, the last of them, is where coupled time masks x again; if K is 1, it is no level
-    of the rollout. The paper divides the reward by tau's density pi(tau), which is 1 if K is 2.
+    of the rollout. The paper divides the weight w(tau) by tau's density pi(tau), which is left out
+    here: it is 1, but for the clamp, if K is 1 or 2; if K is larger, small tau count for more.
     """
     levels = [torch.ones(n, device=device)]
     for _ in range(max(K - 1, 1)):
@@ -228,16 +232,18 @@ def rollout(student, z, levels, mask_id, order="interlaced", given=None, keep_st
 def predict_once(denoiser, z, where):
     """Return log_p_x (n, V) as `predict` does, but run the denoiser on the distinct rows of z.
 
-    A group begins with equal rows, masks of one length: this saves most of the first step.
+    Equal rows that ask for the positions {0, 3} and {3, 5} become one that asks for {0, 3, 5}. A
+    group begins with equal rows, masks of one length: this saves most of the first step.
     """
     distinct, index = z.unique(dim=0, return_inverse=True)  # U distinct rows (U, L), (B,)
     if len(distinct) == len(z):
         return predict(denoiser, z, where)
-    askers = torch.zeros(distinct.shape, device=z.device).index_add(0, index, where.float())
-    needed = askers > 0  # (U, L): positions that at least one of the equal rows asks for
+    b, i = where.nonzero().T  # (n,) each: row and position
+    needed = torch.zeros_like(distinct, dtype=torch.bool)  # (U, L)
+    needed[index[b], i] = True
     log_p_x = predict(denoiser, distinct, needed)
-    row_of_log_p = needed.flatten().cumsum(0).view_as(distinct) - 1  # (U, L): its row in log_p_x
-    return log_p_x.index_select(0, row_of_log_p[index][where])
+    row = needed.flatten().cumsum(0).view_as(distinct) - 1  # (U, L): in log_p_x
+    return log_p_x.index_select(0, row[index[b], i])
 
 
 @torch.no_grad()
@@ -260,8 +266,8 @@ def weight(t):
 
 
 def draw_weighted_levels(n, device=None):
-    """Draw levels (n,) whose density is proportional to w(t), which is less noisy than weighting
-    uniform levels by it."""
+    """Draw levels (n,) whose density is w(t)/(1 + log 10), which is less noisy than weighting
+    uniform levels by w(t)."""
     area = torch.rand(n, device=device) * (1 + math.log(10))  # under w, left of the level
     return torch.where(area < 1, area, (area - 1).exp()) / 10  # the area up to .1 is 1
 
@@ -368,7 +374,7 @@ def reranked(z, where, log_p_x, discriminator, pad_id, M):
     logits = discriminator(rows)
     r = reward(logits, rows != pad_id, clip=math.inf)  # clipped ones would tie
     choice = draw(F.log_softmax(r.view(B, M), -1))  # (B, 1)
-    return candidates.take_along_dim(choice[:, None], 2)[..., 0]
+    return candidates.take_along_dim(choice[:, None], 2)[..., 0]  # (B, L, 1) -> (B, L)
 
 
 @torch.no_grad()

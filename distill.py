@@ -22,7 +22,7 @@ from model import (COUNT, FRACTION, NATURAL, POSITIVE, RANK, Discriminator, add_
                    make_bar, make_parser, parse_run, per_part, restore, run, save, setup)
 from train_teacher import validate
 
-PAPER = {
+PAPER = {  # what --paper sets: the README's table of differences
     "order": "random", "grid": False, "K": 2, "coupled": True, "reference": "teacher",
     "temperature": 1.0, "kl": 0.1, "entropy": 0.01,
 }
@@ -55,8 +55,10 @@ def parse_flags(argv=None):
     add("--coupled", action=on_off, default=False,
         help="mask x at tau, the last of random levels; --no-coupled: at a level of its own")
     add("--smoothing", type=between(0, 0.49), default=0.1, help="e: labels are 1 - e and e")
-    add("--disc_blocks", type=COUNT, default=3, help="how many of its last blocks train")
-    add("--disc_lr", type=POSITIVE, help="its learning rate, constant; None: 10 times --lr")
+    add("--disc_blocks", type=COUNT, default=3,
+        help="how many of the discriminator's last blocks train")
+    add("--disc_lr", type=POSITIVE,
+        help="the discriminator's learning rate, constant; None: 10 times --lr")
     add("--disc_warmup", type=COUNT, default=100, help="updates of the discriminator alone")
 
     add = p.add_argument_group("4. advantage and 5. student").add_argument
@@ -65,7 +67,7 @@ def parse_flags(argv=None):
     add("--temperature", type=POSITIVE, default=0.8,
         help="the student starts as the teacher at this temperature")
     add("--w", action=on_off, default=True,
-        help="weight w(t) = min(1/t, 10) of level t; if not coupled, t has this density, scaled")
+        help="w(t) = min(1/t, 10): if coupled, a factor; if not, the density of t")
     add("--kl", type=FRACTION, default=0.0,
         help="weight of KL(teacher at temperature 1 || student), per mask")
     add("--entropy", type=FRACTION, default=0.0, help="weight of the entropy bonus, per mask")
@@ -161,7 +163,8 @@ def main(argv=None):
     if RANK > 0:  # only now: the networks made above must be alike in all processes
         torch.manual_seed(args.seed + 1000 * RANK + step)
 
-    signals, stop = catch_signals(), 0
+    signals = catch_signals()
+    stop = 0
     begin = time.perf_counter() - seconds
     progress = fraction_done(args, step - args.disc_warmup, seconds)
     if progress >= 1:
@@ -183,23 +186,23 @@ def main(argv=None):
                 x, log_prob, states = didi.rollout(
                     student, z_1, levels, mask_id, args.order, keep_states=regularised)
 
-            # 2. Mask x and the reference at one level: tau, or one drawn here
+            # 2. Mask x and the reference at one level t: tau, or one drawn here
             if args.coupled:
-                level = tau
+                t = tau
             elif args.w:  # its density is proportional to w, so that it needs no weight
-                level = didi.draw_weighted_levels(groups, device)
+                t = didi.draw_weighted_levels(groups, device)
             else:
-                level = torch.rand(groups, device=device)
-            level = level.repeat_interleave(G)  # (B,)
-            w = torch.ones_like(level)
+                t = torch.rand(groups, device=device)
+            t = t.repeat_interleave(G)  # (B,)
+            w = torch.ones_like(t)
             if args.coupled and args.w:
-                w = didi.weight(level)
+                w = didi.weight(t)
             if pool is None:
                 x_ref = data.batch(half, teacher.config.length, device)  # (half, L)
             else:
                 x_ref = pool[torch.randint(len(pool), (half,), device=device)]
-            z = didi.forward_mask(x, level, mask_id, pad_id, "random")
-            z_ref = didi.forward_mask(x_ref, level[:half], mask_id, pad_id, "random")
+            z = didi.forward_mask(x, t, mask_id, pad_id, "random")
+            z_ref = didi.forward_mask(x_ref, t[:half], mask_id, pad_id, "random")
 
             # 3. Discriminator: label 1 on the reference
             is_text = x != pad_id  # (B, L)

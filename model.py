@@ -136,7 +136,7 @@ class Denoiser(nn.Module):
                 h = block(h, self.cos[:L], self.sin[:L])
             return self.norm(h)
 
-    def forward(self, z, where=...):
+    def forward(self, z, where=...):  # ...: everywhere
         """Return logits (n, V) at the n True positions of `where` (B, L), or all (B, L, V)."""
         h = self.trunk(self.embed(z))[where]
         with torch.autocast(h.device.type, torch.bfloat16, enabled=self.bf16):
@@ -218,8 +218,7 @@ def add_run_flags(p, out, eval_every):
     add("--minutes", type=POSITIVE,
         help="train for this long, not for --updates; the schedule is fitted to it")
     add("--accumulate", type=NATURAL, default=1,
-        help="split each batch into this many parts to save memory; distilling the published MDLM "
-             "with 16 samples per update takes 4 in 24 GB, 1 in 80 GB")
+        help="split each batch into this many parts to save memory")
     add("--eval_every", type=NATURAL, default=eval_every, help="updates between tables")
     add("--out", default=out, help="checkpoint, written with each table; its log is the .jsonl")
     add("--resume", action="store_true", help="continue --out with its flags; new flags win")
@@ -228,7 +227,8 @@ def add_run_flags(p, out, eval_every):
 
 def parse_run(p, argv, preset):
     """Return the flags and the checkpoint to start from: an empty one, or with --resume that of
-    --out, whose flags are then the defaults. `preset`, defaults of a given flag, wins over them."""
+    --out, whose flags are then the defaults. `preset`, what --paper or --size sets, wins over them.
+    """
     p.set_defaults(**preset)
     args = p.parse_args(argv)
     if not args.resume:

@@ -203,7 +203,8 @@ def main(argv=None):
         torch.manual_seed(args.seed + 1000 * RANK + step)
 
     B = per_part("batch", args)  # of one process and part
-    signals, stop = catch_signals(), 0
+    signals = catch_signals()
+    stop = 0
     begin = time.perf_counter() - seconds
     progress = fraction_done(args, step, seconds)
     if progress >= 1:
