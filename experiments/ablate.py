@@ -18,7 +18,7 @@ from experiments import common
 from experiments.evaluate import DIGITS, causal_judge, nll_per_token
 from model import COUNT, NATURAL, add_device_flags, make_parser, run, setup
 
-# flags of distill.py; adjacent rows that differ only in the sampler share a run
+# flags of distill.py; adjacent rows that differ only in how the student writes share a run
 ROWS = {
     # as in the paper's table and setting: each row adds one component to the row before
     "none": "--paper --K 1 --no-coupled --no-w --kl 0 --entropy 0 --no-group_norm",
@@ -32,7 +32,7 @@ ROWS = {
     "+ interlaced order": "--paper --order interlaced",
     # one change of the default
     "default": "",
-    "default, guided sampler": "",
+    "default at temperature .95": "",
     "random order": "--order random",
     "even time grid": "--exponent 1",
     "no intermediate-state matching": "--K 1",
@@ -43,6 +43,7 @@ ROWS = {
     "teacher samples as the reference": "--reference teacher",
     "KL and entropy": "--kl .1 --entropy .01",
     "begins at temperature 1": "--temperature 1"}
+WRITES = {"+ guided sampler": {"guided": True}, "default at temperature .95": {"temperature": 0.95}}
 STEPS = (4, 8)
 KEPT = ("post", "judge_ppl", "tv", "js3", "nll", "entropy", "ks", "rare", "returns", "hints",
         "js2", "rep4")
@@ -72,16 +73,18 @@ def distil(args, seed, flags):
         raise ValueError(f"this run failed, see above: {' '.join(command[1:])}")
 
 
-def measure(args, guided, judge, device, bf16):
-    """Return the measures of the student in --out, {"post@4": .., ..}, and its flags."""
+def measure(args, how, judge, device, bf16):
+    """Return the measures of the student in --out, {"post@4": .., ..}, and its flags; `how` is
+    one of WRITES, or {}."""
     model = common.load_model(args.out, "student", device, bf16)
     data = corpus.load(model.flags["data"])
     held_out = data.held_out(args.num, model.net.config.length)
     row = {"flags": model.flags, "hardware": common.hardware(device, bf16)}
     for steps in STEPS:
-        x, _ = common.write(model, args.num, steps, args.seed, guided=guided)
+        x, _ = common.write(model, args.num, steps, args.seed, **how)
         measures = quality.quality(x, data)
-        measures["nll"] = nll_per_token(model, held_out, 64, steps)
+        temperature = how.get("temperature", 1.0)
+        measures["nll"] = nll_per_token(model, held_out, 64, steps, temperature=temperature)
         if judge is not None:
             measures["judge_ppl"] = causal_judge(x, judge, 64)
         row |= {f"{name}@{steps}": measures[name] for name in KEPT if name in measures}
@@ -116,7 +119,7 @@ def main(argv=None):
         if done != (seed, ROWS[label]):
             distil(args, seed, ROWS[label])
             done = seed, ROWS[label]
-        row = measure(args, "guided" in label, judge, device, bf16)
+        row = measure(args, WRITES.get(label, {}), judge, device, bf16)
         common.add_run(args.file, label, seed, row)
     print_table(common.read_results(args.file))
     return 0

@@ -485,22 +485,22 @@ def ablation(folder, monkeypatch):
         code = distill.main(command[2:])
         return types.SimpleNamespace(returncode=code)
 
-    rows = {"none": "--K 1", "default": "", "default, guided sampler": ""}
+    rows = {"none": "--K 1", "default": "", "default at temperature .95": ""}
     monkeypatch.setattr(ablate, "ROWS", rows)
     monkeypatch.setattr(subprocess, "run", run)
     return commands
 
 
-def test_rows_that_differ_in_the_sampler_alone_share_a_run(ablation):
+def test_rows_that_differ_in_their_writing_alone_share_a_run(ablation):
     ablate.main(ABLATE)
 
     assert [command.count("--K") for command in ablation] == [1, 0]
     rows = results("a.json")
-    assert rows["default"] != rows["default, guided sampler"]
+    assert rows["default"] != rows["default at temperature .95"]
 
 
 def test_an_ablation_goes_on_where_it_was(ablation):
-    for label in ("default", "default, guided sampler"):
+    for label in ("default", "default at temperature .95"):
         common.add_run("a.json", label, 0, {"flags": {}})
 
     ablate.main(ABLATE)
