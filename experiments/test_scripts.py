@@ -398,8 +398,8 @@ def test_every_other_batch_of_the_teacher_is_masked_in_the_samplers_order(tiny, 
 
 @pytest.mark.parametrize("passes, held_out, samples", [
     (0, 4, 2),
-    (1000, 10, 5),
-    (10**6, 80, 128)
+    (500, 5, 2),
+    (10**6, 6, 128)
 ])
 def test_a_table_costs_what_its_time_allows(tiny, passes, held_out, samples):
     _, net = model.load("out/teacher.pt")
@@ -407,7 +407,7 @@ def test_a_table_costs_what_its_time_allows(tiny, passes, held_out, samples):
 
     row = train_teacher.validate(net, data, torch.device("cpu"), passes)
 
-    assert row["held_out"] <= held_out
+    assert row["held_out"] == held_out
     assert row["samples"] == samples
 
 
