@@ -134,10 +134,11 @@ text() {
     GLIBC_TUNABLES+=:glibc.malloc.mmap_threshold=8000000000
     GLIBC_TUNABLES+=:glibc.malloc.trim_threshold=16000000000
     for tokens in ${2:-bytes gpt2}; do
-        how="--data out/news_$tokens --length 128" teacher=60 judge=12 groups=16 rows="--batch 128"
+        how="--data out/news_$tokens --length 128" teacher=60 both=86 judge=12
+        groups=16 rows="--batch 128"
         if [ $tokens = gpt2 ]; then
-            how+=" --batch 16" teacher=80 judge=45 groups=8
-            rows="--batch 64 --steps 4 8 16 32 64 256"
+            how+=" --batch 16" teacher=80 both=113 judge=45
+            groups=8 rows="--batch 64 --steps 4 8 16 32 64 256"
         fi
         out=out/text_$tokens
         models="--teacher $out/teacher.pt --causal $out/causal.pt"
@@ -147,6 +148,12 @@ text() {
         python distill.py --groups $groups --teacher $out/teacher.pt --out $out/student.pt
         python -m experiments.evaluate --samples 256 $rows $models \
             --student $out/student.pt --json $results/text_$tokens.json --label wikinews
+
+        # the time of distillation spent on the teacher
+        cp $out/teacher.pt $out/longer.pt
+        python train_teacher.py --minutes $both --resume --out $out/longer.pt
+        python -m experiments.evaluate --samples 256 $rows $models --steps 4 8 --rows teacher \
+            --teacher $out/longer.pt --json $results/text_$tokens.json --label "longer teacher"
         for model in teacher student; do
             python sample.py --model $out/$model.pt --steps 8 --num 5
         done > $results/samples_text_$tokens.txt
