@@ -8,7 +8,7 @@ import functools
 import math
 import re
 from collections import Counter, defaultdict
-from statistics import fmean, pstdev
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -150,7 +150,6 @@ def measure_signatures(x, corpus):
         "novel": 1 - fmean(text in known for text in texts),
         "distinct": distinct(texts),
         "length": fmean(map(len, texts)),
-        "length_sd": pstdev(map(len, texts)),
         "entropy": fmean(map(entropy, texts)),
     }
 

@@ -516,8 +516,7 @@ LINES = ["def a(x) -> int:", "def b(x=1):", "def c(x):", "def d(y):"]
     ("tv", 0.25),  # a quarter has = instead of ->
     ("ks", 0.25),  # three of ours have 9 characters, two of theirs
     ("rare", 3 / 38 * 45),  # z, z and 2; theirs count as one of 45
-    ("length", 9.5),
-    ("length_sd", 0.75 ** 0.5)
+    ("length", 9.5)
 ])
 def test_signatures_beside_validation_lines_by_hand(name, exact):
     data = of_rows(["def known():"], LINES)

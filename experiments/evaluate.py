@@ -32,7 +32,7 @@ TEMPERATURES = (1.3, 1.15, 1.0, 0.9, 0.8)  # in 4 and in 8 steps, and of the cau
 DIGITS = {
     "calls": 1, "disc_calls": 1, "valid": 3, "post": 3,
     "judge_ppl": 2, "tv": 3, "js3": 3, "nll": 3, "ks": 3,
-    "entropy": 3, "length": 1, "length_sd": 1,
+    "entropy": 3, "length": 1,
     "distinct": 3, "novel": 3, "rare": 3,
     "returns": 3, "hints": 3, "methods": 3,
     "js1": 4, "js2": 4, "low": 3, "bigram": 3, "rep4": 3}
