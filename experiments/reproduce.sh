@@ -148,18 +148,17 @@ text() {
         python distill.py --groups $groups --teacher $out/teacher.pt --out $out/student.pt
         python -m experiments.evaluate --samples 256 $rows $models \
             --student $out/student.pt --json $results/text_$tokens.json --label wikinews
-
-        # the time of distillation spent on the teacher
-        cp $out/teacher.pt $out/longer.pt
-        python train_teacher.py --minutes $both --resume --out $out/longer.pt
-        python -m experiments.evaluate --samples 256 $rows $models --steps 4 8 --rows teacher \
-            --teacher $out/longer.pt --json $results/text_$tokens.json --label "longer teacher"
         for model in teacher student; do
             python sample.py --model $out/$model.pt --steps 8 --num 5
         done > $results/samples_text_$tokens.txt
         python sample.py --model $out/teacher.pt --steps 64 --num 3 \
             >> $results/samples_text_$tokens.txt
         log_means $out/{teacher,causal,student}.jsonl > $results/logs_text_$tokens.txt
+
+        # at last the time of distillation is spent on the teacher
+        python train_teacher.py --minutes $both --resume --out $out/teacher.pt
+        python -m experiments.evaluate --samples 256 $rows $models --steps 4 8 --rows teacher \
+            --json $results/text_$tokens.json --label "longer teacher"
     done
 }
 
