@@ -15,7 +15,7 @@ import sys
 import distill
 from data import corpus, quality
 from experiments import common
-from experiments.evaluate import DIGITS, GOALS, at_equal, causal_judge, nll_per_token
+from experiments.evaluate import DIGITS, causal_judge, nll_per_token
 from model import COUNT, NATURAL, add_device_flags, make_parser, run, setup
 
 # flags of distill.py; adjacent rows that differ only in how the student writes share a run
@@ -53,7 +53,6 @@ def parse_flags(argv=None):
     p = make_parser(__doc__)
     add = p.add_argument
     add("file", help="results, JSON {label: {seed: row}}; an existing file is continued")
-    add("--sweep", help="file of evaluate's --json: also compare with its default at equal `rare`")
     add("--teacher", default="out/{seed}/teacher.pt", help="checkpoints; {seed} is the run's seed")
     add("--seeds", type=COUNT, nargs="+", default=(0, 1, 2), help="one run of each row per seed")
     add("--flags", default="", help="flags of distill.py for every run")
@@ -92,19 +91,6 @@ def measure(args, how, judge, device, bf16):
     return row
 
 
-def above_default(run, rows):
-    """Return how far the GOALS of a run are above the default's, whose rows are of evaluate, at
-    the temperature where that has the run's rare characters; NaN if there is none."""
-    above = {}
-    for column, value in run.items():
-        name, _, steps = column.partition("@")
-        if name in GOALS:
-            rare = run[f"rare@{steps}"]
-            default = at_equal(rows, "student", "interlaced", int(steps), "rare", rare, name)
-            above[column] = value - default
-    return above
-
-
 def print_table(results):
     """Print mean +- standard deviation over seeds, in 4 and in 8 steps."""
     rows = {label: list(runs.values()) for label, runs in results.items()}
@@ -135,16 +121,7 @@ def main(argv=None):
             done = seed, ROWS[label]
         row = measure(args, WRITES.get(label, {}), judge, device, bf16)
         common.add_run(args.file, label, seed, row)
-
-    results = common.read_results(args.file)
-    print_table(results)
-    if args.sweep is not None:
-        sweep = common.read_results(args.sweep)["default"]
-        for runs in results.values():
-            for seed in runs:
-                runs[seed] = above_default(runs[seed], sweep[seed]["rows"])
-        print("\nAbove the default at equal `rare`:\n")
-        print_table(results)
+    print_table(common.read_results(args.file))
     return 0
 
 

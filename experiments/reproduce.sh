@@ -90,7 +90,7 @@ others() {
 # Measure each component, 20 rows from 18 runs. $1: one seed, or three. 3 hours each.
 ablation() {
     OMP_NUM_THREADS=1 python -m experiments.ablate $results/ablation.json --seeds ${1:-0 1 2} \
-        --causal out/0/causal.pt --sweep $results/nano.json
+        --causal out/0/causal.pt
 }
 
 # Measure speed on an otherwise idle machine: a quarter of an hour.

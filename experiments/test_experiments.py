@@ -515,13 +515,6 @@ def test_a_run_computes_as_its_measures_do(flags):
     assert common.machine_flags(args) == ["--device", "auto", *flags.split()]
 
 
-def test_a_row_is_compared_with_the_default_at_equal_rare():
-    rows = [r | {"row": "student", "order": "interlaced"} for r in COOLED]
-    run = {"rare@8": 0.7, "post@8": 0.5}
-
-    assert ablate.above_default(run, rows)["post@8"] == pytest.approx(-0.1)
-
-
 def test_the_ablation_in_git_has_a_table(capsys):
     ablate.print_table(results(f"{HERE}/results/ablation.json"))
 
