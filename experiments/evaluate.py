@@ -43,7 +43,8 @@ LINES = (  # of the plot: run, model, order, colour
     ("default", "teacher", "interlaced", "C0"),
     ("default", "student", "interlaced", "C3"),
     ("sdtt", "student", "interlaced", "C1"),
-    ("paper", "student", "random", "C2"))
+    ("paper", "student", "random", "C2"),
+    ("paper, interlaced", "student", "interlaced", "C4"))
 
 
 def parse_flags(argv=None):
