@@ -326,9 +326,9 @@ def test_an_evaluation_has_all_rows(folder):
     rows = [(r["row"], r.get("order")) for r in rows_of_run()]
     assert rows == [
         ("held-out data", None), ("training data", None),
-        *[("teacher", "random")] * 4, *[("teacher", "interlaced")] * 4,
-        *[("student", "random")] * 4, ("student, guided", "random"),
-        *[("autoregressive", None)] * 4]
+        *[("teacher", "random")] * 5, *[("teacher", "interlaced")] * 5,
+        *[("student", "random")] * 5, ("student, guided", "random"),
+        *[("autoregressive", None)] * 5]
 
 
 @pytest.mark.parametrize("T", [1.0, 0.7])
