@@ -2,7 +2,7 @@
 # reproduce.sh - remake every file in experiments/results/ and the pictures in assets/.
 #
 #     bash experiments/reproduce.sh signatures                       # a night and a day, AVX2
-#     bash experiments/reproduce.sh text wikinews.train.txt.xz       # six hours
+#     bash experiments/reproduce.sh text wikinews.train.txt.xz       # seven hours
 #     bash experiments/reproduce.sh proteins cath_S40.fa.xz          # an hour and a half
 #     bash experiments/reproduce.sh first_run                        # a quarter of an hour
 #
