@@ -61,7 +61,7 @@ def parse_flags(argv=None):
     add_run_flags(p, out="out/teacher.pt", eval_every=425)
 
     p.set_defaults(**SIZES["nano"])
-    given = p.parse_args(argv)
+    given = p.parse_args(argv)  # to see --size and --causal; given flags win below
     if given.causal:
         p.set_defaults(out="out/causal.pt")
     return parse_run(p, argv, SIZES.get(given.size, {}))

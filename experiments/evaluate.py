@@ -37,7 +37,8 @@ DIGITS = {
     "returns": 3, "hints": 3, "methods": 3,
     "js1": 4, "js2": 4, "low": 3, "bigram": 3, "rep4": 3}
 GOALS = ("post", "judge_ppl", "tv", "js3")  # what is compared ..
-EQUAL = {"rare": "student", "entropy": "held-out data"}  # .. where this measure is that row's
+EQUAL = {  # .. where this measure is that row's
+    "rare": "student", "entropy": "held-out data", "bigram": "held-out data"}
 LINES = (  # of the plot: run, model, order, colour
     ("default", "teacher", "random", "C7"),
     ("default", "teacher", "interlaced", "C0"),
@@ -299,7 +300,7 @@ def goal_of(rows, steps, x):
 def print_equal(results):
     """Print teacher and student at the temperatures that make them equally diverse, see EQUAL."""
     columns = measured(all_rows(results), GOALS)
-    print("\nWhere a measure equals the student's (rare) or held-out text's (entropy); seeds: those"
+    print("\nWhere a measure equals the student's (rare) or held-out text's (else); seeds: those"
           " that reach it:\n")
     print_head("run", "steps", "equal", "model", "order", "seeds", *columns)
     for label, *about in itertools.product(

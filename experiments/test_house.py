@@ -1,6 +1,9 @@
 """test_house.py - house rules that can be tested: short lines, and imports that go one way."""
 import ast
+import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -48,3 +51,12 @@ def test_imports_go_one_way(name):
     allowed = next(ALLOWED[start] for start in ALLOWED if name.startswith(start))
     ours = imported & set(MODULES)
     assert [other for other in ours if not other.startswith(allowed)] == []
+
+
+def test_an_import_writes_no_file(tmp_path):
+    code = f"import {', '.join(MODULES)}"
+    env = os.environ | {"PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "1"}
+
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=env)
+
+    assert os.listdir(tmp_path) == []
